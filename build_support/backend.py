@@ -1,0 +1,132 @@
+"""The build backend: setuptools, after making what is not Python.
+
+Two things are made inside the source tree, where an editable install finds them and a wheel takes
+them from: the protobuf code (src/bulkhead/v1) from proto/, and the spawner (sandbox/native/bin)
+from C. A system compiler builds the spawner; where there is none, the build asks pip for ziglang,
+a compiler in a wheel. BULKHEAD_CC overrides the choice: a command such as `clang`, or `zig`.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+from setuptools import build_meta
+from setuptools.build_meta import build_sdist, get_requires_for_build_sdist
+
+__all__ = [
+    "build_editable",
+    "build_sdist",
+    "build_wheel",
+    "get_requires_for_build_editable",
+    "get_requires_for_build_sdist",
+    "get_requires_for_build_wheel",
+]
+
+_ROOT = Path(__file__).resolve().parent.parent
+_ZIG = "ziglang==0.17.1"
+# The oldest glibc that the project supports, when zig is asked to build for others.
+_ZIG_TARGET = f"{platform.machine()}-linux-musl"
+_C_FLAGS = [
+    "-std=c11", "-O2", "-g0", "-fPIE", "-fstack-protector-strong",
+    "-Wall", "-Wextra", "-Werror", "-Wshadow", "-Wconversion", "-Wstrict-prototypes", "-Wmissing-prototypes",
+]  # fmt: skip
+_PROTO_PACKAGE = (
+    '"""Generated from proto/bulkhead/v1 by the build: messages and clients of the gRPC API."""\n'
+)
+
+Settings = dict[str, Any] | None
+
+
+def _compiler() -> list[str]:
+    """The command that compiles C; raises SystemExit with what to do where there is none."""
+    chosen = os.environ.get("BULKHEAD_CC", "")
+    if chosen and chosen != "zig":
+        return shlex.split(chosen)
+    for name in () if chosen else ("cc", "gcc", "clang"):
+        if path := shutil.which(name):
+            return [path]
+    try:
+        import ziglang  # type: ignore[import-not-found]  # noqa: F401
+    except ImportError:
+        raise SystemExit(
+            f"no C compiler: install one (Debian: gcc libc6-dev) or `pip install {_ZIG}`"
+        ) from None
+    return [sys.executable, "-m", "ziglang", "cc", "-target", _ZIG_TARGET, "-static"]
+
+
+def _needs_zig() -> bool:
+    chosen = os.environ.get("BULKHEAD_CC", "")
+    return chosen == "zig" or not (chosen or any(map(shutil.which, ("cc", "gcc", "clang"))))
+
+
+def build_spawner() -> Path:
+    """Compiles sandbox/native/spawner.c, and returns the program's path."""
+    native = _ROOT / "sandbox" / "native"
+    program = native / "bin" / "bulkhead-spawner"
+    program.parent.mkdir(exist_ok=True)
+    fresh = program.with_suffix(f".{os.getpid()}")
+    command = [*_compiler(), *_C_FLAGS, "-o", str(fresh), str(native / "spawner.c")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise SystemExit(f"compiling the spawner failed: {shlex.join(command)}\n{done.stderr}")
+    fresh.replace(program)
+    return program
+
+
+def generate_protobuf(out: Path = _ROOT / "src") -> None:
+    """Generates Python code and type stubs for proto/bulkhead/v1 below `out`."""
+    from grpc_tools import protoc
+
+    package = out / "bulkhead" / "v1"
+    shutil.rmtree(package, ignore_errors=True)
+    package.mkdir(parents=True)
+    # The plugin of mypy-protobuf is found beside the Python that builds.
+    os.environ["PATH"] = sysconfig.get_path("scripts") + os.pathsep + os.environ.get("PATH", os.defpath)
+    includes = [f"-I{_ROOT / 'proto'}", f"-I{Path(protoc.__file__).parent / '_proto'}"]
+    outputs = [f"--{kind}_out={out}" for kind in ("python", "grpc_python", "mypy", "mypy_grpc")]
+    files = [str(path) for path in sorted((_ROOT / "proto").rglob("*.proto"))]
+    if protoc.main(["protoc", *includes, *outputs, *files]) != 0:
+        raise SystemExit("generating the protobuf code failed")
+    (package / "__init__.py").write_text(_PROTO_PACKAGE)
+
+
+def _prepare() -> None:
+    generate_protobuf()
+    build_spawner()
+
+
+def _compiler_requirement() -> list[str]:
+    return [_ZIG] if _needs_zig() else []
+
+
+def get_requires_for_build_wheel(config_settings: Settings = None) -> list[str]:
+    return [*build_meta.get_requires_for_build_wheel(config_settings), *_compiler_requirement()]
+
+
+def get_requires_for_build_editable(config_settings: Settings = None) -> list[str]:
+    return [*build_meta.get_requires_for_build_editable(config_settings), *_compiler_requirement()]
+
+
+def build_wheel(
+    directory: str, config_settings: Settings = None, metadata_directory: str | None = None
+) -> str:
+    _prepare()
+    # No extension module, so any Python; a program of this platform, so not any platform.
+    name = f"linux_{platform.machine()}"
+    settings = {**(config_settings or {}), "--build-option": ["--plat-name", name]}
+    return build_meta.build_wheel(directory, settings, metadata_directory)
+
+
+def build_editable(
+    directory: str, config_settings: Settings = None, metadata_directory: str | None = None
+) -> str:
+    _prepare()
+    return build_meta.build_editable(directory, config_settings, metadata_directory)

@@ -1,0 +1,1 @@
+"""The spawner: protocol.h describes its protocol, bin/ holds the program that the build makes."""

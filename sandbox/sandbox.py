@@ -1,0 +1,341 @@
+"""The sandbox: modules in, runs out. The one door for the layers above."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bulkhead.sandbox.cache import CompileCache
+from bulkhead.sandbox.compiled import CompiledModule
+from bulkhead.sandbox.compiler import Compiler
+from bulkhead.sandbox.errors import (
+    DeadlinePassed,
+    InvalidModule,
+    InvalidModuleReason,
+    InvalidRequest,
+)
+from bulkhead.sandbox.exec_launcher import ExecLauncher
+from bulkhead.sandbox.files import make_private_directory
+from bulkhead.sandbox.launch import Exit, Job, Launcher, Run
+from bulkhead.sandbox.limits import Limits
+from bulkhead.sandbox.module import ModuleInfo, check_runnable, describe, digest_of
+from bulkhead.sandbox.outcome import Outcome, RunResult, Usage
+from bulkhead.sandbox.slots import Slots
+from bulkhead.sandbox.spawner import SpawnerKeeper, StartFailed
+from bulkhead.sandbox.store import ModuleStore
+from bulkhead.sandbox.verdict import judge
+from bulkhead.sandbox.wasmtime import Runtime, find_runtime
+
+_MOST_ARGUMENT_BYTES = 32 << 10
+_MOST_ARGUMENTS = 256
+# Loaded modules that no configuration holds; the least recently run goes first.
+_MOST_LOADED = 128
+_DEFAULT_LIMITS = Limits()
+_MAXIMUM_LIMITS = Limits(
+    memory_bytes=1 << 30,
+    wall_seconds=60,
+    cpu_seconds=60,
+    stdout_bytes=64 << 20,
+    stderr_bytes=1 << 20,
+    stack_bytes=4 << 20,
+    table_elements=1_000_000,
+)
+
+
+def default_concurrent_runs() -> int:
+    """Runs are short and mostly compute; some sleep, so a few more than CPUs."""
+    return max(8, 4 * len(os.sched_getaffinity(0)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SandboxOptions:
+    """How a sandbox is set up. Sizes in bytes."""
+
+    state_dir: Path
+    """Modules, compiled code, copies of the runtime; only its owner may write there."""
+    wasmtime: Path | None = None
+    """A wasmtime program, or the folder that holds it; None: look for one."""
+    limits: Limits = _DEFAULT_LIMITS
+    """Of runs that ask for none."""
+    maximum_limits: Limits = _MAXIMUM_LIMITS
+    """The most that any run may ask for."""
+    max_module_bytes: int = 32 << 20
+    max_store_bytes: int = 4 << 30
+    max_stdin_bytes: int = 64 << 20
+    max_concurrent_runs: int = field(default_factory=default_concurrent_runs)
+    max_queued_runs: int = 512
+
+
+@dataclass(slots=True)
+class _Loaded:
+    """A module that this process can run without touching the disk."""
+
+    info: ModuleInfo
+    compiled: dict[bool, CompiledModule] = field(default_factory=dict)
+    """By whether it counts fuel."""
+    pinned: bool = False
+    data: bytes | None = None
+    """Of a module that is not in the store."""
+
+
+class Sandbox:
+    """Runs modules, each run in a process of its own. Owned by one event loop."""
+
+    def __init__(
+        self,
+        options: SandboxOptions,
+        runtime: Runtime,
+        store: ModuleStore,
+        compiler: Compiler,
+        spawners: SpawnerKeeper,
+        launcher: Launcher,
+    ) -> None:
+        self.options = options
+        self.runtime = runtime
+        self.store = store
+        self._compiler = compiler
+        self._spawners = spawners
+        self._launcher = launcher
+        self._slots = Slots(options.max_concurrent_runs, options.max_queued_runs)
+        self._loaded: OrderedDict[str, _Loaded] = OrderedDict()
+        self._compiling = asyncio.Lock()
+        self._running: set[Run] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @classmethod
+    async def open(cls, options: SandboxOptions) -> Sandbox:
+        """Finds and probes wasmtime, and gets ready to run.
+
+        Raises SandboxError with one sentence that says what is missing and what to do.
+        """
+        make_private_directory(options.state_dir)
+        store = ModuleStore(options.state_dir / "modules", max_total_bytes=options.max_store_bytes)
+        cache = CompileCache(options.state_dir / "cache", options.state_dir / "cache.secret")
+        spawners = SpawnerKeeper()
+        try:
+            runtime = await find_runtime(await spawners.living(), options.state_dir, options.wasmtime)
+        except BaseException:
+            await spawners.close()
+            raise
+        return cls(
+            options, runtime, store, Compiler(runtime, cache), spawners, ExecLauncher(runtime, spawners)
+        )
+
+    async def __aenter__(self) -> Sandbox:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self, *, grace_seconds: float = 0.0) -> None:
+        """Waits for runs at most `grace_seconds`, then kills them."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(grace_seconds):
+                await self._idle.wait()
+        await self._spawners.close()
+        # Lets the callbacks of runs that just failed close their files.
+        await asyncio.sleep(0)
+        self._loaded.clear()
+
+    @property
+    def active_runs(self) -> int:
+        return self._slots.active
+
+    @property
+    def waiting_runs(self) -> int:
+        return self._slots.waiting
+
+    # Modules
+
+    async def put(self, data: bytes, *, expected_digest: str | None = None) -> tuple[ModuleInfo, bool]:
+        """Checks and compiles a module, then stores it; returns what it is and whether it is new.
+
+        Raises InvalidModule (then nothing is kept), StoreFull, SandboxError.
+        """
+        digest = await asyncio.to_thread(digest_of, data)
+        if expected_digest is not None and digest != expected_digest:
+            raise InvalidModule(
+                InvalidModuleReason.DIGEST_MISMATCH, f"the module has digest {digest}, not {expected_digest}"
+            )
+        loaded = await self._load_bytes(digest, data)
+        await self._compiled(loaded, metered=False, data=data)
+        _, created = await asyncio.to_thread(self.store.put_bytes, data)
+        return loaded.info, created
+
+    async def load(self, data: bytes) -> ModuleInfo:
+        """Like `put`, but for this process only: the module is not stored."""
+        digest = await asyncio.to_thread(digest_of, data)
+        loaded = await self._load_bytes(digest, data)
+        await self._compiled(loaded, metered=False, data=data)
+        loaded.pinned, loaded.data = True, data
+        return loaded.info
+
+    def inspect(self, digest: str) -> ModuleInfo:
+        """What a stored or loaded module is. Raises UnknownModule, SandboxError."""
+        if (loaded := self._loaded.get(digest)) is not None:
+            return loaded.info
+        return describe(self.store.read(digest), max_bytes=self.options.max_module_bytes)
+
+    async def prepare(self, digest: str, entry_point: str, *, metered: bool = False) -> None:
+        """Loads a module for good, so that running it needs no compiler and no disk.
+
+        Raises UnknownModule, InvalidModule (the entry point), SandboxError.
+        """
+        loaded = await self._load(digest)
+        loaded.info.require_entry_point(entry_point)
+        loaded.pinned = True
+        await self._compiled(loaded, metered=metered)
+
+    def delete(self, digest: str) -> None:
+        """Removes a module from the store. Runs of it end as they would. Raises UnknownModule."""
+        self.store.delete(digest)
+        self._loaded.pop(digest, None)
+
+    # Runs
+
+    async def run(
+        self,
+        digest: str,
+        entry_point: str,
+        *,
+        stdin: bytes = b"",
+        arguments: Sequence[str] = (),
+        limits: Limits | None = None,
+        deadline: float | None = None,
+    ) -> RunResult:
+        """Runs an exported function once, in a process of its own.
+
+        `limits` None means the options' own; `deadline` is on time.monotonic(). How the guest
+        fails is in the result. Raises UnknownModule, InvalidModule (the entry point),
+        InvalidRequest, Overloaded, DeadlinePassed (nothing was started), SandboxError.
+        Cancelling kills the run.
+        """
+        chosen = limits if limits is not None else self.options.limits
+        loaded = await self._load(digest)
+        self._check(loaded.info, entry_point, stdin, arguments, chosen)
+        compiled = await self._compiled(loaded, metered=chosen.fuel is not None)
+        await self._slots.acquire(deadline)
+        wall_seconds = _wall_seconds(chosen, deadline)
+        if wall_seconds <= 0:
+            self._slots.release()
+            raise DeadlinePassed("the deadline had passed before the run could start")
+        job = Job(
+            module=compiled,
+            entry_point=entry_point,
+            arguments=tuple(arguments),
+            stdin=stdin,
+            limits=chosen,
+            wall_seconds=wall_seconds,
+        )
+        return await self._run(job)
+
+    async def _run(self, job: Job) -> RunResult:
+        """Runs a job that has a slot."""
+        try:
+            run = await self._launcher.start(job)
+        except BaseException:
+            self._slots.release()
+            raise
+        self._running.add(run)
+        self._idle.clear()
+        run.ended.add_done_callback(lambda ended: self._on_end(run, ended))
+        try:
+            # Shielded: the slot is free when the process is reaped, whatever happens to us.
+            return judge(job, await asyncio.shield(run.ended))
+        except asyncio.CancelledError:
+            run.kill()
+            raise
+        except StartFailed as error:
+            return _not_started(error)
+
+    def _on_end(self, run: Run, ended: asyncio.Future[Exit]) -> None:
+        self._slots.release()
+        self._running.discard(run)
+        if not self._running:
+            self._idle.set()
+        if not ended.cancelled():
+            ended.exception()  # seen, even if the caller is gone
+
+    def _check(
+        self, info: ModuleInfo, entry_point: str, stdin: bytes, arguments: Sequence[str], limits: Limits
+    ) -> None:
+        info.require_entry_point(entry_point)
+        limits.within(self.options.maximum_limits)
+        check_runnable(info, limits)
+        if len(stdin) > self.options.max_stdin_bytes:
+            raise InvalidRequest(
+                f"stdin has {len(stdin)} bytes; at most {self.options.max_stdin_bytes} are allowed"
+            )
+        if arguments and entry_point != "_start":
+            raise InvalidRequest(f"the entry point {entry_point!r} takes no arguments; only _start does")
+        if any("\0" in text for text in arguments):
+            raise InvalidRequest("an argument holds a NUL character")
+        size = sum(len(text.encode(errors="surrogateescape")) for text in arguments)
+        if len(arguments) > _MOST_ARGUMENTS or size > _MOST_ARGUMENT_BYTES:
+            raise InvalidRequest(
+                f"at most {_MOST_ARGUMENTS} arguments of {_MOST_ARGUMENT_BYTES} bytes in all"
+            )
+
+    # Loading
+
+    async def _load(self, digest: str) -> _Loaded:
+        if (loaded := self._loaded.get(digest)) is not None:
+            self._loaded.move_to_end(digest)
+            return loaded
+        data = await asyncio.to_thread(self.store.read, digest)
+        return await self._load_bytes(digest, data)
+
+    async def _load_bytes(self, digest: str, data: bytes) -> _Loaded:
+        info = await asyncio.to_thread(describe, data, max_bytes=self.options.max_module_bytes)
+        check_runnable(info, self.options.maximum_limits)
+        return self._loaded.get(digest) or _Loaded(info)
+
+    def _keep(self, loaded: _Loaded) -> None:
+        """Remembers a module that was compiled, and forgets others that are rarely run."""
+        self._loaded.setdefault(loaded.info.digest, loaded)
+        unpinned = [digest for digest, loaded in self._loaded.items() if not loaded.pinned]
+        for digest in unpinned[: max(0, len(unpinned) - _MOST_LOADED)]:
+            del self._loaded[digest]
+
+    async def _compiled(self, loaded: _Loaded, *, metered: bool, data: bytes | None = None) -> CompiledModule:
+        if (known := loaded.compiled.get(metered)) is not None:
+            return known
+        # One at a time: a compilation may use all the memory that it is allowed.
+        async with self._compiling:
+            if (known := loaded.compiled.get(metered)) is not None:
+                return known
+            digest = loaded.info.digest
+            source = data or loaded.data
+            if source is None:
+                source = await asyncio.to_thread(self.store.read, digest)
+            spawner = await self._spawners.living()
+            compiled = await self._compiler.compile(spawner, digest, source, metered=metered)
+            loaded.compiled[metered] = compiled
+            self._keep(loaded)
+            return compiled
+
+
+def _wall_seconds(limits: Limits, deadline: float | None) -> float:
+    if deadline is None:
+        return limits.wall_seconds
+    return min(limits.wall_seconds, deadline - time.monotonic())
+
+
+def _not_started(error: StartFailed) -> RunResult:
+    return RunResult(
+        outcome=Outcome.START_FAILED,
+        exit_code=0,
+        stdout=b"",
+        stderr=b"",
+        stderr_truncated=False,
+        usage=Usage(wall_seconds=0.0, cpu_seconds=0.0, peak_memory_bytes=0),
+        message="its process could not be started",
+        diagnostics=str(error),
+    )

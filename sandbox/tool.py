@@ -1,0 +1,84 @@
+"""Running a program of our own choice, within limits: the compiler, and the runtime when it is probed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from bulkhead.sandbox.errors import SandboxError
+from bulkhead.sandbox.launch import EndReason
+from bulkhead.sandbox.memfile import create_memfile, read_memfile, write_memfile
+from bulkhead.sandbox.outcome import Usage
+from bulkhead.sandbox.spawner import Bounds, Spawner
+
+_MOST_OUTPUT_BYTES = 1 << 20
+TOOL_BOUNDS = Bounds(
+    wall_seconds=30,
+    cpu_seconds=20,
+    data_bytes=1 << 30,
+    address_bytes=1 << 40,
+    file_bytes=_MOST_OUTPUT_BYTES,
+    stderr_bytes=64 << 10,
+    pinned=False,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolEnd:
+    """How a tool ended."""
+
+    wait_status: int
+    reason: EndReason
+    stdout: bytes
+    stderr: str
+    usage: Usage
+
+    @property
+    def exit_code(self) -> int | None:
+        """None: ended by a signal."""
+        return os.WEXITSTATUS(self.wait_status) if os.WIFEXITED(self.wait_status) else None
+
+
+async def execute_tool(
+    spawner: Spawner,
+    argv: Sequence[str],
+    *,
+    stdin: bytes = b"",
+    files: Sequence[int] = (),
+    bounds: Bounds = TOOL_BOUNDS,
+) -> ToolEnd:
+    """Runs a program to its end. `files` become its descriptors 3 and up. Raises SandboxError.
+
+    Cancelling kills it.
+    """
+    fds: list[int] = []
+    try:
+        fds += [create_memfile(name) for name in ("stdin", "stdout", "stderr")]
+        write_memfile(fds[0], stdin)
+        ended, kill = spawner.run(argv, (), (*fds, *files), bounds)
+        try:
+            end = await ended
+        finally:
+            kill()
+        return ToolEnd(
+            wait_status=end.wait_status,
+            reason=end.reason,
+            stdout=read_memfile(fds[1], bounds.file_bytes),
+            stderr=read_memfile(fds[2], bounds.stderr_bytes).decode(errors="replace"),
+            usage=end.usage,
+        )
+    except OSError as error:
+        raise SandboxError(f"cannot run {argv[0]}: {error.strerror}") from error
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+async def run_tool(spawner: Spawner, argv: Sequence[str]) -> str:
+    """Runs a program that is expected to succeed, and returns what it printed. Raises SandboxError."""
+    end = await execute_tool(spawner, argv)
+    if end.exit_code != 0:
+        ended = f"exit code {end.exit_code}" if end.exit_code is not None else f"status {end.wait_status:#x}"
+        raise SandboxError(f"{' '.join(argv)} failed with {ended}: {end.stderr.strip()[:500]}")
+    return end.stdout.decode(errors="replace")
