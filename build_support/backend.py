@@ -69,7 +69,7 @@ def _needs_zig() -> bool:
 
 def build_spawner() -> Path:
     """Compiles sandbox/native/spawner.c, and returns the program's path."""
-    native = _ROOT / "sandbox" / "native"
+    native = _ROOT / "src" / "bulkhead" / "sandbox" / "native"  # there in an sdist, too
     program = native / "bin" / "bulkhead-spawner"
     program.parent.mkdir(exist_ok=True)
     fresh = program.with_suffix(f".{os.getpid()}")

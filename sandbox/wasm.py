@@ -56,6 +56,7 @@ _EXCEPTIONS = "exception handling (exceptions)"
 _STACK_SWITCHING = "stack switching (stack-switching)"
 _SHARED = "shared memory (threads)"
 _MEMORY64 = "64-bit memories and tables (memory64)"
+_COMPACT_IMPORTS = "the compact form of the import section (compact-imports)"
 _PAGE_SIZES = "custom page sizes (custom-page-sizes)"
 _TYPE_FORM_FEATURES = {
     0x4E: _GC,  # a recursion group
@@ -503,7 +504,7 @@ class _Parser:
 
     def _read_types(self, cursor: _Cursor) -> None:
         types = self._types
-        for _ in range(cursor.count("types", MAX_TYPES, 3)):
+        for _ in range(cursor.count("types", MAX_TYPES, 2)):
             form = cursor.byte()
             if form != 0x60:
                 if form in _TYPE_FORM_FEATURES:
@@ -540,6 +541,8 @@ class _Parser:
             return ExternKind.GLOBAL, global_
         if code == 4:
             raise _unsupported(_EXCEPTIONS)
+        if code in (0x7E, 0x7F):
+            raise _unsupported(_COMPACT_IMPORTS)
         raise cursor.malformed(f"unknown kind of import 0x{code:02x}")
 
     def _add_table(self, table: TableType) -> None:
