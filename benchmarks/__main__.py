@@ -1,0 +1,94 @@
+"""`./dev bench`: what a run costs, and what the front ends add. Prints tables and ratios."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+from importlib.resources import files
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import launching, serving
+from benchmarks.samples import Samples
+
+_ROOT = Path(__file__).resolve().parent.parent
+_REVIEW = _ROOT / "tests" / "data" / "reviews" / "admission-validate-create-pods.json"
+
+
+def _review_body() -> bytes:
+    import json
+
+    return json.dumps(json.loads(_REVIEW.read_bytes())["body"], separators=(",", ":")).encode()
+
+
+def _launching_table(results: list[Samples]) -> Table:
+    floor = results[-2]
+    table = Table(title="One run of one module", title_justify="left")
+    for heading in ("how", "runs", "p50 ms", "p99 ms", "CPU ms", "CPU, times the floor"):
+        table.add_column(heading, justify="left" if heading == "how" else "right")
+    for each in results:
+        table.add_row(
+            each.name,
+            str(len(each.wall_seconds)),
+            f"{each.percentile_ms(0.5):.2f}",
+            f"{each.percentile_ms(0.99):.2f}",
+            f"{each.cpu_ms:.2f}",
+            f"{each.cpu_ms / floor.cpu_ms:.2f}",
+        )
+    return table
+
+
+def _serving_table(loads: list[serving.Load], launcher: Samples) -> Table:
+    table = Table(title="Validating reviews of a Pod through the front ends", title_justify="left")
+    for heading in (
+        "front end",
+        "callers",
+        "reviews/s",
+        "p50 ms",
+        "p99 ms",
+        "CPU ms",
+        "of it run",
+        "front end adds",
+    ):
+        table.add_column(heading, justify="left" if heading == "front end" else "right")
+    for load in loads:
+        total = sum(load.cpu_ms.values())
+        table.add_row(
+            load.kind,
+            str(load.callers),
+            f"{load.samples.per_second:.0f}",
+            f"{load.samples.percentile_ms(0.5):.2f}",
+            f"{load.samples.percentile_ms(0.99):.2f}",
+            f"{total:.2f}",
+            f"{load.cpu_ms['runs'] + load.cpu_ms['spawners']:.2f}",
+            f"{load.cpu_ms['workers']:.2f}",
+        )
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="./dev bench", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer runs: a look, not a measurement")
+    arguments = parser.parse_args()
+    rounds, count, seconds = (2, 50, 2.0) if arguments.quick else (5, 200, 10.0)
+    console = Console(width=120)
+    console.print(
+        f"{platform.machine()}, Linux {platform.release()}, {len(os.sched_getaffinity(0))} CPUs allowed"
+    )
+    module = Path(str(files("bulkhead.service.demo") / "magic-validate.wasm"))
+    body = _review_body()
+    request = b'{"request":' + body + b"}"
+    console.print(f"module {module.name}, {module.stat().st_size} bytes; review of {len(body)} bytes\n")
+    with console.status("starting processes"):
+        launched = launching.run(module, "validate", request, rounds=rounds, count=count)
+    console.print(_launching_table(launched))
+    with console.status("asking reviews"):
+        served = serving.run(body, callers=(1, 8, 32), seconds=seconds)
+    console.print(_serving_table(served, launched[-1]))
+
+
+if __name__ == "__main__":
+    main()
