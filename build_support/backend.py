@@ -32,11 +32,11 @@ __all__ = [
 
 _ROOT = Path(__file__).resolve().parent.parent
 _ZIG = "ziglang==0.17.1"
-# The oldest glibc that the project supports, when zig is asked to build for others.
-_ZIG_TARGET = f"{platform.machine()}-linux-musl"
+# The oldest glibc that the project supports; only zig can build for another than the machine's.
+_ZIG_TARGET = f"{platform.machine()}-linux-gnu.2.28"
 _C_FLAGS = [
     "-std=c11", "-O2", "-g0", "-fPIE", "-fstack-protector-strong",
-    "-Wall", "-Wextra", "-Werror", "-Wshadow", "-Wconversion", "-Wstrict-prototypes", "-Wmissing-prototypes",
+    "-Wall", "-Wextra", "-Wshadow", "-Wconversion", "-Wstrict-prototypes", "-Wmissing-prototypes",
 ]  # fmt: skip
 _PROTO_PACKAGE = (
     '"""Generated from proto/bulkhead/v1 by the build: messages and clients of the gRPC API."""\n'
@@ -59,7 +59,7 @@ def _compiler() -> list[str]:
         raise SystemExit(
             f"no C compiler: install one (Debian: gcc libc6-dev) or `pip install {_ZIG}`"
         ) from None
-    return [sys.executable, "-m", "ziglang", "cc", "-target", _ZIG_TARGET, "-static"]
+    return [sys.executable, "-m", "ziglang", "cc", "-target", _ZIG_TARGET]
 
 
 def _needs_zig() -> bool:
