@@ -57,8 +57,11 @@ _STACK_SWITCHING = "stack switching (stack-switching)"
 _SHARED = "shared memory (threads)"
 _MEMORY64 = "64-bit memories and tables (memory64)"
 _COMPACT_IMPORTS = "the compact form of the import section (compact-imports)"
+_CUSTOM_DESCRIPTORS = "custom descriptors (custom-descriptors)"
 _PAGE_SIZES = "custom page sizes (custom-page-sizes)"
 _TYPE_FORM_FEATURES = {
+    0x4C: _CUSTOM_DESCRIPTORS,
+    0x4D: _CUSTOM_DESCRIPTORS,
     0x4E: _GC,  # a recursion group
     0x4F: _GC,  # a final subtype
     0x50: _GC,  # a subtype
@@ -543,6 +546,8 @@ class _Parser:
             raise _unsupported(_EXCEPTIONS)
         if code in (0x7E, 0x7F):
             raise _unsupported(_COMPACT_IMPORTS)
+        if code == 0x20:  # a function of exactly that type
+            raise _unsupported(_CUSTOM_DESCRIPTORS)
         raise cursor.malformed(f"unknown kind of import 0x{code:02x}")
 
     def _add_table(self, table: TableType) -> None:

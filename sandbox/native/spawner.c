@@ -153,7 +153,7 @@ static int choose_cpu(void) {
 
 static void __attribute__((noreturn)) child_fails(struct launch *launch, enum failure_stage stage) {
   launch->failed_errno = errno;
-  launch->failed_stage = stage;
+  launch->failed_stage = (int)stage;
   _exit(127);
 }
 
