@@ -121,7 +121,6 @@ def _bounds(job: Job) -> Bounds:
 
 
 def _command(runtime: Runtime, job: Job) -> tuple[str, ...]:
-    arguments = () if job.entry_point == "_start" else ("--invoke", job.entry_point)
     return (
         str(runtime.runner),
         "run",
@@ -130,7 +129,9 @@ def _command(runtime: Runtime, job: Job) -> tuple[str, ...]:
         "--allow-precompiled",
         "--argv0",
         "module.wasm",
-        *arguments,
+        # One word: a name that begins with a hyphen stays a name. Also for _start: without it, an
+        # export with an empty name would run instead.
+        f"--invoke={job.entry_point}",
         f"/proc/self/fd/{_ARTIFACT_FD}",
         *job.arguments,
     )
