@@ -1,0 +1,1 @@
+"""The front ends of Bulkhead: gRPC, HTTPS, reviews, configuration, command line."""

@@ -1,0 +1,290 @@
+"""AdmissionReview: may this object pass, and how should it change?"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import partial
+
+import msgspec
+import structlog
+from msgspec import Raw
+
+from bulkhead.sandbox import Sandbox
+from bulkhead.service import rules, strictjson
+from bulkhead.service.admission_answer import ADMISSION_REVIEW, AdmissionAnswer, read_answer
+from bulkhead.service.admission_verdict import (
+    AdmissionVerdict,
+    Told,
+    ends_chain,
+    fold,
+    write_patch,
+    write_reply,
+)
+from bulkhead.service.call import Answered, ReviewModule
+from bulkhead.service.config import FailurePolicy
+from bulkhead.service.errors import BadReview, ModuleFailed
+from bulkhead.service.mask import Mask, mask_of_objects
+from bulkhead.service.offload import run_sized
+from bulkhead.service.rules import Rule, Target
+from bulkhead.service.strictjson import Mismatch
+from bulkhead.service.versions import V1, check_body
+from bulkhead.service.words import clean
+
+ENTRY_POINT = "validate"
+MAX_UID_LENGTH = 256  # Kubernetes sends UUIDs
+
+_NULL = Raw(b"null")
+_OPERATIONS = ("CREATE", "UPDATE", "DELETE", "CONNECT")
+
+_log = structlog.get_logger()
+
+
+class Stage(StrEnum):
+    """The two times that kube-apiserver asks: first who may change the object, then who may refuse it."""
+
+    MUTATING = "mutating"
+    VALIDATING = "validating"
+
+
+# What is asked
+
+
+class _GroupVersionResource(msgspec.Struct):
+    group: str | None = None
+    version: str | None = None
+    resource: str | None = None
+
+
+class _User(msgspec.Struct):
+    username: str | None = None
+
+
+class _Request(msgspec.Struct, rename="camel"):
+    uid: str = ""
+    operation: str = ""
+    resource: _GroupVersionResource | None = None
+    sub_resource: str | None = None
+    namespace: str | None = None
+    name: str | None = None
+    user_info: _User | None = None
+    dry_run: bool | None = None
+    object: Raw = _NULL
+    old_object: Raw = _NULL
+
+
+class _Review(msgspec.Struct, rename="camel"):
+    api_version: str
+    request: _Request
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdmissionQuestion:
+    """An AdmissionReview that was sent."""
+
+    api_version: str
+    uid: str
+    target: Target
+    name: str
+    user: str
+    dry_run: bool
+    object: bytes
+    """JSON; `null` for DELETE and most of CONNECT."""
+    old_object: bytes
+    review_v1: bytes
+    """What modules see."""
+
+    def with_object(self, changed: bytes) -> bytes:
+        """What modules see once one before them has changed the object."""
+        if changed is self.object:
+            return self.review_v1
+        review = strictjson.split(self.review_v1)
+        request = {**strictjson.split(review["request"]), "object": Raw(changed)}
+        return strictjson.join({**review, "request": Raw(strictjson.join(request))})
+
+    @property
+    def mask(self) -> Mask:
+        """What of this request must not be logged."""
+        return mask_of_objects([self.object, self.old_object])
+
+
+def read_question(body: bytes) -> AdmissionQuestion:
+    """Reads an AdmissionReview of v1 or v1beta1. Raises BadReview."""
+    check_body(body)
+    try:
+        version = ADMISSION_REVIEW.version_of(body)
+        review = strictjson.read(body, _Review)
+    except Mismatch as error:
+        raise BadReview(str(error)) from None
+    request = review.request
+    if not 0 < len(request.uid) <= MAX_UID_LENGTH:
+        raise BadReview(
+            f"request.uid: expected a string of 1 to {MAX_UID_LENGTH} characters, got {len(request.uid)}"
+        )
+    if request.operation not in _OPERATIONS:
+        got = repr(clean(request.operation, 40)) if request.operation else "nothing"
+        raise BadReview(f"request.operation: expected one of {', '.join(_OPERATIONS)}, got {got}")
+    return AdmissionQuestion(
+        api_version=review.api_version,
+        uid=request.uid,
+        target=_target(request),
+        name=request.name or "",
+        user=(request.user_info and request.user_info.username) or "",
+        dry_run=bool(request.dry_run),
+        object=_object(request.object, "object"),
+        old_object=_object(request.old_object, "oldObject"),
+        review_v1=body if version == V1 else to_v1(body),
+    )
+
+
+def _target(request: _Request) -> Target:
+    resource = request.resource
+    if resource is None or not resource.resource or not resource.version:
+        raise BadReview("request.resource: expected an object with group, version and resource")
+    return Target(
+        operation=request.operation,
+        group=resource.group or "",
+        version=resource.version,
+        resource=resource.resource,
+        subresource=request.sub_resource or "",
+        namespace=request.namespace or "",
+    )
+
+
+def _object(raw: Raw, key: str) -> bytes:
+    data = bytes(raw)
+    if data != b"null" and not data.startswith(b"{"):
+        raise BadReview(f"request.{key}: expected an object or null")
+    return data
+
+
+def to_v1(body: bytes) -> bytes:
+    """A v1beta1 review as v1: the requests are the same."""
+    return strictjson.join({**strictjson.split(body), "apiVersion": ADMISSION_REVIEW.v1})
+
+
+# The modules
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdmissionModule:
+    """A configured module, and when it is asked."""
+
+    module: ReviewModule
+    mutating: bool
+    rules: tuple[Rule, ...]
+    failure_policy: FailurePolicy
+
+    async def ask(
+        self, sandbox: Sandbox, question: AdmissionQuestion, current: bytes, deadline: float | None
+    ) -> Answered[AdmissionAnswer]:
+        """Asks about the request with its object as it is by now."""
+        read = partial(read_answer, uid=question.uid, current=current, mutating=self.mutating)
+        review = await run_sized(len(current), question.with_object, current)
+        return await self.module.ask(sandbox, review, read, deadline=deadline, mask=question.mask)
+
+    def told(self, answered: Answered[AdmissionAnswer]) -> Told:
+        """The answer with what it needs to be folded."""
+        return Told(self.module.name, answered.answer, self.failure_policy)
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """The admission modules, in the order of the configuration."""
+
+    modules: tuple[AdmissionModule, ...]
+
+    async def answer(self, sandbox: Sandbox, body: bytes, *, stage: Stage, deadline: float | None) -> bytes:
+        """Answers an AdmissionReview. Raises BadReview, ModuleFailed."""
+        question = await run_sized(len(body), read_question, body)
+        modules = self.matching(question.target, stage)
+        if stage is Stage.MUTATING:
+            asked, final = await _ask_in_order(sandbox, modules, question, deadline)
+        else:
+            asked, final = await _ask_all(sandbox, modules, question, deadline), question.object
+        try:
+            verdict = fold([module.told(each) for module, each in zip(modules, asked, strict=False)])
+        except ModuleFailed:
+            _log_decision(question, stage, asked, None)
+            raise
+        # A refused object is not changed.
+        changes = (
+            b""
+            if not verdict.allowed
+            else await run_sized(len(question.object) + len(final), write_patch, question.object, final)
+        )
+        _log_decision(question, stage, asked, verdict, patch_bytes=len(changes))
+        return write_reply(question.api_version, question.uid, verdict, changes)
+
+    def matching(self, target: Target, stage: Stage) -> list[AdmissionModule]:
+        """The modules to ask about such a request."""
+        mutating = stage is Stage.MUTATING
+        return [
+            module
+            for module in self.modules
+            if module.mutating is mutating and rules.any_matches(module.rules, target)
+        ]
+
+
+async def _ask_in_order(
+    sandbox: Sandbox, modules: Sequence[AdmissionModule], question: AdmissionQuestion, deadline: float | None
+) -> tuple[list[Answered[AdmissionAnswer]], bytes]:
+    """Each module sees the object as those before it left it. Returns the object as it is in the end."""
+    asked: list[Answered[AdmissionAnswer]] = []
+    current = question.object
+    for module in modules:
+        answered = await module.ask(sandbox, question, current, deadline)
+        asked.append(answered)
+        if ends_chain(module.told(answered)):
+            break
+        if isinstance(answered.answer, AdmissionAnswer) and answered.answer.changed is not None:
+            current = answered.answer.changed
+    return asked, current
+
+
+async def _ask_all(
+    sandbox: Sandbox, modules: Sequence[AdmissionModule], question: AdmissionQuestion, deadline: float | None
+) -> list[Answered[AdmissionAnswer]]:
+    """All at once; in the order of the configuration."""
+    if len(modules) == 1:  # the usual case needs no task
+        return [await modules[0].ask(sandbox, question, question.object, deadline)]
+    async with asyncio.TaskGroup() as group:
+        tasks = [
+            group.create_task(module.ask(sandbox, question, question.object, deadline)) for module in modules
+        ]
+    return [task.result() for task in tasks]
+
+
+def _log_decision(
+    question: AdmissionQuestion,
+    stage: Stage,
+    asked: Sequence[Answered[AdmissionAnswer]],
+    verdict: AdmissionVerdict | None,
+    patch_bytes: int = 0,
+) -> None:
+    target = question.target
+    denied = verdict is not None and not verdict.allowed
+    _log.info(
+        "review",
+        kind=ADMISSION_REVIEW.kind,
+        api_version=question.api_version,
+        stage=stage.value,
+        uid=clean(question.uid, MAX_UID_LENGTH),
+        decision="undecided" if verdict is None else "denied" if denied else "allowed",
+        operation=target.operation,
+        group=target.group,
+        version=target.version,
+        resource=target.resource,
+        subresource=target.subresource or None,
+        namespace=target.namespace or None,
+        name=question.name or None,
+        user=question.user,
+        dry_run=question.dry_run,
+        code=verdict.code if verdict is not None and denied else None,
+        # Not the message: it may quote the object.
+        patch_bytes=patch_bytes,
+        warnings=len(verdict.warnings) if verdict is not None else 0,
+        modules=[each.for_log() for each in asked],
+    )

@@ -1,0 +1,58 @@
+"""What `bulkhead serve` says when it is ready: where it is, what it serves, what to try."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+
+from bulkhead.service.supervisor import Serving
+
+_REVIEW = '{"apiVersion":"authentication.k8s.io/v1","kind":"TokenReview","spec":{"token":"magic-token"}}'
+
+_SNIPPET = """\
+{python} - <<'EOF'
+import grpc
+from bulkhead.v1 import reviews_pb2, reviews_pb2_grpc
+with grpc.insecure_channel("{address}") as channel:
+    reviews = reviews_pb2_grpc.ReviewServiceStub(channel)
+    review = b'{review}'
+    print(reviews.Authenticate(reviews_pb2.AuthenticateRequest(review=review)).review.decode())
+EOF"""
+
+
+def banner(serving: Serving, *, demo: bool) -> str:
+    """The text, with commands that work as they are pasted."""
+    runtime = serving.runtime
+    which = "wasmtime-min" if runtime.minimal else "the full binary"
+    lines = [
+        f"Bulkhead is ready{', on its built-in demo configuration' if demo else ''}.",
+        "",
+        f"  HTTPS           https://{serving.https_address}  /authn /authz /validate /mutate",
+        f"  gRPC            {serving.grpc_address}",
+        f"  CA certificate  {serving.tls.ca_certificate}",
+        f"  state           {serving.state_dir}",
+        f"  wasmtime        {runtime.version}, runs use {which}",
+        "",
+        *_modules(serving),
+        "",
+        "Ask it over HTTPS:",
+        "",
+        f"curl --cacert {shlex.quote(str(serving.tls.ca_certificate))} \\",
+        "  -H 'Content-Type: application/json' \\",
+        f"  --data {shlex.quote(_REVIEW)} \\",
+        f"  https://{serving.https_address}/authn",
+        "",
+        "or over gRPC:",
+        "",
+        _SNIPPET.format(python=shlex.quote(sys.executable), address=serving.grpc_address, review=_REVIEW),
+        "",
+        "Ctrl-C stops it.",
+    ]
+    return "\n".join(lines)
+
+
+def _modules(serving: Serving) -> list[str]:
+    if not serving.modules:
+        return ["  no modules are configured: every review gets its default answer"]
+    width = max(len(each.name) for each in serving.modules)
+    return [f"  {each.section:<15} {each.name:<{width}}  {each.digest}" for each in serving.modules]

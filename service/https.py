@@ -1,0 +1,219 @@
+"""The HTTPS shim: what kube-apiserver talks to. It checks the envelope, and decides nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+import time
+from collections.abc import Awaitable, Callable
+from http import HTTPStatus
+from typing import Protocol
+
+import msgspec
+import structlog
+from aiohttp import hdrs, web
+from aiohttp.http_exceptions import HttpProcessingError
+from bulkhead.service.review import Stage
+
+from bulkhead.sandbox import parse_duration
+from bulkhead.service.edge import fault_of
+
+_log = structlog.get_logger()
+
+_HANDSHAKE_SECONDS = 3.0
+# kube-apiserver keeps its connections; this is also the time to send the headers of a request.
+_KEEPALIVE_SECONDS = 75.0
+_BODY_SECONDS = 10.0
+# After an answer to a request whose body was not read: time for the client to see the answer.
+_LINGER_SECONDS = 1.0
+_HEADER_BYTES = 16 << 10
+_BACKLOG = 1024
+_JSON = "application/json"
+
+Answer = Callable[[bytes, float | None], Awaitable[bytes]]
+
+
+class Reviews(Protocol):
+    """What answers: the review layer, here or behind a gRPC connection."""
+
+    async def authenticate(self, body: bytes, *, deadline: float | None) -> bytes: ...
+    async def authorize(self, body: bytes, *, deadline: float | None) -> bytes: ...
+    async def admit(self, body: bytes, *, stage: Stage, deadline: float | None) -> bytes: ...
+
+
+class _Refused(Exception):
+    """A request that no review is made of."""
+
+    def __init__(self, status: HTTPStatus, message: str, headers: dict[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.headers = headers or {}
+
+
+class HttpsServer:
+    """Serves reviews on one listening socket. Owned by one event loop."""
+
+    def __init__(self, reviews: Reviews, *, max_body_bytes: int, max_in_flight: int) -> None:
+        self._answers: dict[str, Answer] = {
+            "/authn": lambda body, deadline: reviews.authenticate(body, deadline=deadline),
+            "/authz": lambda body, deadline: reviews.authorize(body, deadline=deadline),
+            "/validate": lambda body, deadline: reviews.admit(
+                body, stage=Stage.VALIDATING, deadline=deadline
+            ),
+            "/mutate": lambda body, deadline: reviews.admit(body, stage=Stage.MUTATING, deadline=deadline),
+        }
+        self._max_body_bytes = max_body_bytes
+        self._max_in_flight = max_in_flight
+        self._in_flight = 0
+        self._server: asyncio.Server | None = None
+        self._protocol: web.Server | None = None
+
+    async def start(self, listener: socket.socket, tls: ssl.SSLContext) -> None:
+        """Begins to accept. Raises OSError."""
+        self._protocol = web.Server(
+            self._handle,
+            access_log=None,
+            keepalive_timeout=_KEEPALIVE_SECONDS,
+            lingering_time=_LINGER_SECONDS,
+            max_line_size=_HEADER_BYTES,
+            max_field_size=_HEADER_BYTES,
+            auto_decompress=False,
+            handler_cancellation=True,  # a client that goes away ends its runs
+        )
+        self._server = await asyncio.get_running_loop().create_server(
+            self._protocol, sock=listener, ssl=tls, ssl_handshake_timeout=_HANDSHAKE_SECONDS, backlog=_BACKLOG
+        )
+
+    async def stop(self, grace_seconds: float) -> None:
+        """Accepts nothing more, lets requests in flight finish, then closes all connections."""
+        if self._server is None or self._protocol is None:
+            return
+        self._server.close()
+        self._protocol.pre_shutdown()
+        await self._protocol.shutdown(grace_seconds)
+
+    async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        start = time.monotonic()
+        try:
+            response = await self._respond(request, start)
+        except asyncio.CancelledError:
+            _log.info(
+                "request_cancelled", path=request.path[:100], seconds=round(time.monotonic() - start, 6)
+            )
+            raise
+        _log.debug(
+            "request",
+            path=request.path[:100],
+            status=response.status,
+            seconds=round(time.monotonic() - start, 6),
+        )
+        return response
+
+    async def _respond(self, request: web.BaseRequest, start: float) -> web.Response:
+        try:
+            if request.path in ("/healthz", "/readyz"):
+                return _health(request)
+            answer, deadline = self._check_head(request, start)
+            if self._in_flight >= self._max_in_flight:
+                raise _Refused(HTTPStatus.SERVICE_UNAVAILABLE, "too many requests at once; try again later")
+            self._in_flight += 1
+            try:
+                body = await self._read_body(request)
+                return web.Response(body=await answer(body, deadline), content_type=_JSON)
+            finally:
+                self._in_flight -= 1
+        except _Refused as refusal:
+            return _status(request, refusal.status, "", str(refusal), refusal.headers)
+        except (HttpProcessingError, ConnectionError) as error:
+            return _status(
+                request, HTTPStatus.BAD_REQUEST, "", f"the request could not be read: {type(error).__name__}"
+            )
+        except Exception as error:
+            fault = fault_of(error)
+            if fault.unexpected:
+                _log.exception("request_failed", path=request.path)
+            return _status(request, fault.http_status, fault.reason, fault.message)
+
+    def _check_head(self, request: web.BaseRequest, start: float) -> tuple[Answer, float | None]:
+        """All that can be refused before the body is read."""
+        answer = self._answers.get(request.path)
+        if answer is None:
+            raise _Refused(HTTPStatus.NOT_FOUND, f"no such path; expected one of {', '.join(self._answers)}")
+        if request.method != hdrs.METH_POST:
+            raise _Refused(
+                HTTPStatus.METHOD_NOT_ALLOWED, "expected method POST", {hdrs.ALLOW: hdrs.METH_POST}
+            )
+        if request.content_type != _JSON or (request.charset or "utf-8").lower() not in ("utf-8", "utf8"):
+            raise _Refused(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, f"expected Content-Type: {_JSON}, in UTF-8")
+        if request.headers.get(hdrs.CONTENT_ENCODING, "identity").lower() != "identity":
+            raise _Refused(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "expected no Content-Encoding")
+        if (request.content_length or 0) > self._max_body_bytes:
+            raise self._too_large()
+        return answer, _deadline(request, start)
+
+    def _too_large(self) -> _Refused:
+        return _Refused(
+            HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+            f"the body is too large; at most {self._max_body_bytes} bytes (server.maxBodyBytes) are read",
+        )
+
+    async def _read_body(self, request: web.BaseRequest) -> bytes:
+        if request.headers.get(hdrs.EXPECT, "").lower() == "100-continue":
+            await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            request.writer.output_size = 0
+        parts, size = [], 0
+        try:
+            async with asyncio.timeout(_BODY_SECONDS):
+                async for part in request.content.iter_any():
+                    size += len(part)
+                    if size > self._max_body_bytes:
+                        raise self._too_large()
+                    parts.append(part)
+        except TimeoutError:
+            raise _Refused(
+                HTTPStatus.REQUEST_TIMEOUT, f"the body did not arrive in {_BODY_SECONDS:g} s"
+            ) from None
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _deadline(request: web.BaseRequest, start: float) -> float | None:
+    timeout = request.query.get("timeout")
+    if timeout is None:
+        return None
+    try:
+        return start + parse_duration(timeout)
+    except ValueError as error:
+        raise _Refused(HTTPStatus.BAD_REQUEST, f"query parameter timeout: {error}") from None
+
+
+def _health(request: web.BaseRequest) -> web.Response:
+    if request.method not in (hdrs.METH_GET, hdrs.METH_HEAD):
+        allow: dict[str, str] = {hdrs.ALLOW: "GET, HEAD"}
+        return _status(request, HTTPStatus.METHOD_NOT_ALLOWED, "", "expected method GET", allow)
+    return web.Response(text="ok\n")
+
+
+def _status(
+    request: web.BaseRequest,
+    status: HTTPStatus,
+    reason: str,
+    message: str,
+    headers: dict[str, str] | None = None,
+) -> web.Response:
+    """A Kubernetes Status, which kube-apiserver logs with its message and kubectl shows."""
+    body: dict[str, object] = {
+        "kind": "Status",
+        "apiVersion": "v1",
+        "metadata": {},
+        "status": "Failure",
+        "message": message,
+        "reason": reason or status.phrase.title().replace(" ", ""),
+        "code": status.value,
+    }
+    response = web.Response(
+        body=msgspec.json.encode(body), status=status.value, content_type=_JSON, headers=headers
+    )
+    if not request.content.is_eof():
+        response.force_close()  # the rest of the body is not worth reading
+    return response

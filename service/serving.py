@@ -1,0 +1,131 @@
+"""`bulkhead serve`: from the command line to a supervisor that runs."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from importlib.resources import files
+from pathlib import Path
+
+import click
+import structlog
+
+from bulkhead.sandbox import SandboxError
+from bulkhead.sandbox.files import write_atomically
+from bulkhead.service.banner import banner
+from bulkhead.service.cli import EXIT_FAILED, EXIT_USAGE
+from bulkhead.service.config import Address, ConfigError, load_config
+from bulkhead.service.log import Format, configure_logging
+from bulkhead.service.state import state_dir as find_state_dir
+from bulkhead.service.supervisor import ServeOptions, Serving, Supervisor, WorkerFailed
+
+_log = structlog.get_logger()
+
+DEMO_CONFIG = Path(str(files("bulkhead.service.demo") / "bulkhead.yaml"))
+
+
+def serve(
+    config: Path | None,
+    state_dir: Path | None,
+    wasmtime: Path | None,
+    https_address: str | None,
+    grpc_address: str | None,
+    log_level: str,
+    log_format: Format | None,
+    ready_file: Path | None,
+) -> int:
+    """Serves until it is told to stop; returns the exit code."""
+    chosen_format: Format = log_format or ("text" if sys.stderr.isatty() else "json")
+    configure_logging(log_level, chosen_format)
+    path = config or DEMO_CONFIG
+    try:
+        loaded = load_config(path)
+        https = _address(https_address, loaded.server.https.address, "--https-address")
+        grpc = _address(grpc_address, loaded.server.grpc.address, "--grpc-address")
+        if not grpc.is_loopback:
+            raise click.UsageError(
+                "--grpc-address: expected a loopback address; this version has no TLS for gRPC"
+            )
+        options = ServeOptions(
+            config_path=path.absolute(),
+            config=loaded,
+            state_dir=find_state_dir(state_dir or loaded.server.state_dir),
+            wasmtime=wasmtime or loaded.server.wasmtime,
+            https=https,
+            grpc=grpc,
+            log_level=log_level,
+            log_format=chosen_format,
+        )
+        asyncio.run(_serve(options, ready_file, demo=config is None))
+    except (ConfigError, click.UsageError) as error:
+        click.echo(f"bulkhead: {error}", err=True)
+        return EXIT_USAGE
+    except (SandboxError, WorkerFailed) as error:
+        click.echo(f"bulkhead: {error}", err=True)
+        return EXIT_FAILED
+    return 0
+
+
+def _address(given: str | None, configured: Address, option: str) -> Address:
+    if given is None:
+        return configured
+    try:
+        return Address.parse(given)
+    except ValueError as error:
+        raise click.UsageError(f"{option}: {error}") from None
+
+
+async def _serve(options: ServeOptions, ready_file: Path | None, *, demo: bool) -> None:
+    stop, stop_now = asyncio.Event(), asyncio.Event()
+    supervisor = Supervisor(options)
+    starting = asyncio.create_task(supervisor.start())
+
+    def on_signal() -> None:
+        (stop_now if stop.is_set() else stop).set()
+        starting.cancel()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    try:
+        serving = await starting
+        _announce(serving, ready_file, demo=demo)
+        await supervisor.run(stop, stop_now)
+        _log.info("stopped")
+    except asyncio.CancelledError:
+        if not stop.is_set():
+            raise
+        _log.info("stopped", when="before it was ready")
+    finally:
+        await supervisor.close()
+        _forget(ready_file)
+
+
+def _announce(serving: Serving, ready_file: Path | None, *, demo: bool) -> None:
+    click.echo(banner(serving, demo=demo))
+    sys.stdout.flush()
+    if ready_file is not None:
+        write_atomically(ready_file.absolute(), json.dumps(_document(serving), indent=2).encode() + b"\n")
+    _log.info("ready", https=serving.https_address, grpc=serving.grpc_address, pid=os.getpid())
+
+
+def _forget(ready_file: Path | None) -> None:
+    if ready_file is not None:
+        ready_file.unlink(missing_ok=True)
+
+
+def _document(serving: Serving) -> dict[str, object]:
+    return {
+        "httpsAddress": serving.https_address,
+        "grpcAddress": serving.grpc_address,
+        "caCertificate": str(serving.tls.ca_certificate),
+        "stateDir": str(serving.state_dir),
+        "wasmtime": serving.runtime.version,
+        "pid": os.getpid(),
+        "modules": [
+            {"section": each.section, "name": each.name, "digest": each.digest} for each in serving.modules
+        ],
+    }
