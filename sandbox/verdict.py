@@ -77,14 +77,11 @@ def _memory_exhausted(job: Job, end: Exit) -> bool:
 def _split_stderr(stderr: bytes, outcome: Outcome) -> tuple[bytes, bytes]:
     """The guest's words and the runtime's, which hold paths of the host and addresses.
 
-    The runtime speaks last. A guest that imitates it loses its own words, and no more.
+    The runtime speaks last, and begins where the guest stopped, be it in the middle of a line. A
+    guest that imitates it loses its own words, and no more.
     """
-    if outcome is Outcome.OK:
-        return stderr, b""
-    at = 0 if stderr.startswith(_RUNTIME_WORDS) else stderr.find(b"\n" + _RUNTIME_WORDS) + 1
-    if at == 0 and not stderr.startswith(_RUNTIME_WORDS):
-        return stderr, b""
-    return stderr[:at], stderr[at:]
+    at = -1 if outcome is Outcome.OK else stderr.find(_RUNTIME_WORDS)
+    return (stderr, b"") if at < 0 else (stderr[:at], stderr[at:])
 
 
 def _message(job: Job, outcome: Outcome, exit_code: int) -> str:

@@ -178,7 +178,7 @@ def _apply_one(operation: _Operation, document: Any) -> Any:
         case "add" | "copy":
             return _add(document, path, operation.value)
         case "remove":
-            return _remove(document, path)[0]
+            return _remove(document, path)
         case "replace":
             _get(document, path)
             return _set(document, path, operation.value)
@@ -186,8 +186,8 @@ def _apply_one(operation: _Operation, document: Any) -> Any:
             source = _pointer(operation.from_)
             if len(path) > len(source) and path[: len(source)] == source:
                 raise BadPatch("moves a value into itself")
-            rest, value = _remove(document, source)
-            return _add(rest, path, value)
+            value = _get(document, source)
+            return document if path == source else _add(_remove(document, source), path, value)
         case _:
             if not same(_get(document, path), operation.value):
                 raise BadPatch(f"the value at {operation.path!r} is another")
@@ -254,11 +254,10 @@ def _set(document: Any, path: tuple[str, ...], value: Any) -> Any:
     return document
 
 
-def _remove(document: Any, path: tuple[str, ...]) -> tuple[Any, Any]:
-    """The document without the value at `path`, and that value."""
-    value = _get(document, path)
+def _remove(document: Any, path: tuple[str, ...]) -> Any:
     if not path:
-        return None, value
+        raise BadPatch("removes the whole document")
+    _get(document, path)
     parent, last = _get(document, path[:-1]), path[-1]
-    del parent[last if type(parent) is dict else _index(last, len(parent) - 1)]
-    return document, value
+    del parent[int(last) if type(parent) is list else last]
+    return document

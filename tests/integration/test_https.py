@@ -188,7 +188,8 @@ def test_refuses_a_declared_body_over_the_limit_without_reading_it(demo: Served)
 
 
 def test_refuses_a_chunked_body_as_soon_as_it_is_too_long(demo: Served) -> None:
-    head = b"POST /authn HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+    head = b"POST /authn HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head += b"Transfer-Encoding: chunked\r\n\r\n"
     chunk = b"%x\r\n%s\r\n" % (MIB, b" " * MIB)
     with raw_connection(demo) as connection:
         connection.sendall(head)
@@ -231,7 +232,7 @@ def test_refuses_smuggled_lengths(demo: Served) -> None:
     head = b"POST /authn HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     with raw_connection(demo) as connection:
         connection.sendall(head + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n")
-        assert connection.recv(4096).startswith(b"HTTP/1.1 400 ")
+        assert connection.recv(4096).split()[1] == b"400"
 
 
 def test_speaks_tls_1_2_and_later_only_and_shows_a_certificate_of_its_authority(demo: Served) -> None:
