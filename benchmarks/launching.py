@@ -23,7 +23,7 @@ _LIMITS = Limits(wall_seconds=10, cpu_seconds=10)
 def _floor_program(folder: Path) -> Path:
     """Compiles floor.c with the compiler that the package build uses."""
     sys.path.insert(0, str(_ROOT / "build_support"))
-    import backend
+    import backend  # type: ignore[import-not-found]
 
     program = folder / "floor"
     command = [
@@ -90,7 +90,7 @@ async def measure(
         request_file = folder / "request.json"
         request_file.write_bytes(request)
         async with await Sandbox.open(SandboxOptions(state_dir=folder / "state")) as sandbox:
-            info = await sandbox.load(module.read_bytes())
+            info = await sandbox.load(await asyncio.to_thread(module.read_bytes))
             await sandbox.prepare(info.digest, entry_point)
             runtime = sandbox.runtime
             artifact = _artifact(sandbox, module, folder)

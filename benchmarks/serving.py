@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import multiprocessing
 import signal
@@ -153,28 +154,35 @@ class Load:
     """One measurement: so many callers through one front end."""
 
     kind: str
+    review: str
     callers: int
     samples: Samples
     cpu_ms: dict[str, float]
     """For each review: of the workers, the spawners, the runs."""
 
 
-def run(body: bytes, *, callers: tuple[int, ...], seconds: float) -> list[Load]:
-    """Asks a validating review of both front ends, from a process of its own."""
+def _load(
+    service: Service, client: tuple[str, Endpoint, bytes, int], seconds: float
+) -> tuple[Samples, dict[str, float]]:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        pool.apply(_client, (*client, 0.3))  # warm up
+        before = service.cpu_seconds()
+        samples = pool.apply(_client, (*client, seconds))
+        after = service.cpu_seconds()
+    return samples, {who: (after[who] - before[who]) / len(samples.wall_seconds) * 1e3 for who in after}
+
+
+def run(bodies: dict[str, bytes], *, callers: tuple[int, ...], seconds: float) -> list[Load]:
+    """Asks validating reviews of both front ends, from a process of its own."""
     loads = []
     with tempfile.TemporaryDirectory() as name:
         service = Service.start(Path(name))
         try:
-            for count in callers:
-                for kind, endpoint in (("HTTPS", service.https), ("gRPC", service.grpc)):
-                    with multiprocessing.get_context("spawn").Pool(1) as pool:
-                        pool.apply(_client, (kind, endpoint, body, count, 0.3))  # warm up
-                        before = service.cpu_seconds()
-                        samples = pool.apply(_client, (kind, endpoint, body, count, seconds))
-                        after = service.cpu_seconds()
-                    done = len(samples.wall_seconds)
-                    cpu_ms = {who: (after[who] - before[who]) / done * 1e3 for who in after}
-                    loads.append(Load(kind, count, samples, cpu_ms))
+            for (review, body), count, (kind, endpoint) in itertools.product(
+                bodies.items(), callers, (("HTTPS", service.https), ("gRPC", service.grpc))
+            ):
+                samples, cpu_ms = _load(service, (kind, endpoint, body, count), seconds)
+                loads.append(Load(kind, review, count, samples, cpu_ms))
         finally:
             service.stop()
     return loads

@@ -68,7 +68,7 @@ def refusal(call: Callable[[], Any]) -> tuple[grpc.StatusCode, str, str]:
     """The status, the reason of its ErrorInfo, and the message of a call that is refused."""
     with pytest.raises(grpc.RpcError) as caught:
         call()
-    status = rpc_status.from_call(caught.value)  # type: ignore[arg-type]
+    status = rpc_status.from_call(caught.value)
     assert status is not None, caught.value
     info = error_details_pb2.ErrorInfo()
     detail: any_pb2.Any = status.details[0]
@@ -120,7 +120,7 @@ def test_answers_the_four_kinds_rightly(reviews: reviews_pb2_grpc.ReviewServiceS
 def test_tells_what_was_expected_of_a_bad_review(reviews: reviews_pb2_grpc.ReviewServiceStub) -> None:
     for review in (b"", b"[]", b'{"kind":"TokenReview"}'):
         code, reason, message = refusal(
-            lambda review=review: reviews.Authorize(reviews_pb2.AuthorizeRequest(review=review))  # type: ignore[misc]
+            lambda review=review: reviews.Authorize(reviews_pb2.AuthorizeRequest(review=review))
         )
         assert (code, reason) == (grpc.StatusCode.INVALID_ARGUMENT, "BAD_REVIEW")
         assert "expected" in message.lower()
@@ -207,7 +207,7 @@ def test_refuses_limits_above_the_servers(sandbox: sandbox_pb2_grpc.SandboxServi
         sandbox_pb2.Limits(wall_time=Duration(seconds=3000)),
     ):
         code, reason, message = refusal(
-            lambda limits=limits: sandbox.Execute(  # type: ignore[misc]
+            lambda limits=limits: sandbox.Execute(
                 sandbox_pb2.ExecuteRequest(module=endings, entry_point="echo", limits=limits)
             )
         )
@@ -348,7 +348,9 @@ def test_reports_its_health_and_reflects_its_services(demo: Served) -> None:
     channel = demo.channel()
     health = health_pb2_grpc.HealthStub(channel)
     for service in ("", *SERVICES):
-        response = health.Check(health_pb2.HealthCheckRequest(service=service))
+        response = health.Check(  # type: ignore[attr-defined]
+            health_pb2.HealthCheckRequest(service=service)
+        )
         assert response.status == health_pb2.HealthCheckResponse.SERVING
     database = ProtoReflectionDescriptorDatabase(channel)
     assert set(database.get_services()) >= SERVICES

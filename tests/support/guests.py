@@ -40,7 +40,8 @@ ENDINGS = f"""(module {PRELUDE}
   (func (export "words") (call $write (i32.const 2) (i32.const 200) (i32.const 18)) (unreachable))
   (func (export "spin") (loop $again (br $again)))
   (func (export "sleep") (call $sleep_an_hour))
-  (func (export "flood") (loop $again (call $write (i32.const 1) (i32.const 0) (i32.const 65536)) (br $again))))"""
+  (func (export "flood")
+    (loop $again (call $write (i32.const 1) (i32.const 0) (i32.const 65536)) (br $again))))"""
 
 
 def printing(entry_point: str, output: str, then: str = "") -> str:
