@@ -6,6 +6,7 @@ import base64
 import json
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import grpc
@@ -68,13 +69,13 @@ def refusal(call: Callable[[], Any]) -> tuple[grpc.StatusCode, str, str]:
     """The status, the reason of its ErrorInfo, and the message of a call that is refused."""
     with pytest.raises(grpc.RpcError) as caught:
         call()
-    status = rpc_status.from_call(caught.value)
+    status = rpc_status.from_call(caught.value)  # type: ignore[arg-type]
     assert status is not None, caught.value
     info = error_details_pb2.ErrorInfo()
     detail: any_pb2.Any = status.details[0]
     assert detail.Unpack(info)
     assert info.domain == "bulkhead"
-    return caught.value.code(), info.reason, status.message  # type: ignore[attr-defined]
+    return caught.value.code(), info.reason, status.message
 
 
 # Reviews
@@ -119,9 +120,8 @@ def test_answers_the_four_kinds_rightly(reviews: reviews_pb2_grpc.ReviewServiceS
 
 def test_tells_what_was_expected_of_a_bad_review(reviews: reviews_pb2_grpc.ReviewServiceStub) -> None:
     for review in (b"", b"[]", b'{"kind":"TokenReview"}'):
-        code, reason, message = refusal(
-            lambda review=review: reviews.Authorize(reviews_pb2.AuthorizeRequest(review=review))
-        )
+        request = reviews_pb2.AuthorizeRequest(review=review)
+        code, reason, message = refusal(partial(reviews.Authorize, request))
         assert (code, reason) == (grpc.StatusCode.INVALID_ARGUMENT, "BAD_REVIEW")
         assert "expected" in message.lower()
 
@@ -136,7 +136,7 @@ def test_refuses_an_admission_without_a_stage(reviews: reviews_pb2_grpc.ReviewSe
 def test_refuses_a_message_over_the_limit(reviews: reviews_pb2_grpc.ReviewServiceStub) -> None:
     with pytest.raises(grpc.RpcError) as caught:
         reviews.Authenticate(reviews_pb2.AuthenticateRequest(review=b" " * (9 << 20)))
-    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED  # type: ignore[attr-defined]
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
 # Runs
@@ -206,11 +206,8 @@ def test_refuses_limits_above_the_servers(sandbox: sandbox_pb2_grpc.SandboxServi
         sandbox_pb2.Limits(memory_bytes=1 << 40),
         sandbox_pb2.Limits(wall_time=Duration(seconds=3000)),
     ):
-        code, reason, message = refusal(
-            lambda limits=limits: sandbox.Execute(
-                sandbox_pb2.ExecuteRequest(module=endings, entry_point="echo", limits=limits)
-            )
-        )
+        request = sandbox_pb2.ExecuteRequest(module=endings, entry_point="echo", limits=limits)
+        code, reason, message = refusal(partial(sandbox.Execute, request))
         assert (code, reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST")
         assert "limit" in message
 
@@ -246,7 +243,7 @@ def test_a_deadline_or_a_cancelled_call_ends_the_run(
     wait_until(lambda: runs() == 0, "the run to be killed")
     with pytest.raises(grpc.RpcError) as caught:
         sandbox.Execute(request, timeout=0.5)
-    assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED  # type: ignore[attr-defined]
+    assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     wait_until(lambda: runs() == 0, "the run to be killed")
 
 
