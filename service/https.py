@@ -14,21 +14,20 @@ import msgspec
 import structlog
 from aiohttp import hdrs, web
 from aiohttp.http_exceptions import HttpProcessingError
-from bulkhead.service.review import Stage
 
 from bulkhead.sandbox import parse_duration
+from bulkhead.service.acceptor import Acceptor
 from bulkhead.service.edge import fault_of
+from bulkhead.service.review import Stage
 
 _log = structlog.get_logger()
 
-_HANDSHAKE_SECONDS = 3.0
 # kube-apiserver keeps its connections; this is also the time to send the headers of a request.
 _KEEPALIVE_SECONDS = 75.0
 _BODY_SECONDS = 10.0
 # After an answer to a request whose body was not read: time for the client to see the answer.
 _LINGER_SECONDS = 1.0
 _HEADER_BYTES = 16 << 10
-_BACKLOG = 1024
 _JSON = "application/json"
 
 Answer = Callable[[bytes, float | None], Awaitable[bytes]]
@@ -66,11 +65,11 @@ class HttpsServer:
         self._max_body_bytes = max_body_bytes
         self._max_in_flight = max_in_flight
         self._in_flight = 0
-        self._server: asyncio.Server | None = None
+        self._acceptor: Acceptor | None = None
         self._protocol: web.Server | None = None
 
-    async def start(self, listener: socket.socket, tls: ssl.SSLContext) -> None:
-        """Begins to accept. Raises OSError."""
+    def start(self, listener: socket.socket, tls: ssl.SSLContext) -> None:
+        """Begins to accept."""
         self._protocol = web.Server(
             self._handle,
             access_log=None,
@@ -81,15 +80,15 @@ class HttpsServer:
             auto_decompress=False,
             handler_cancellation=True,  # a client that goes away ends its runs
         )
-        self._server = await asyncio.get_running_loop().create_server(
-            self._protocol, sock=listener, ssl=tls, ssl_handshake_timeout=_HANDSHAKE_SECONDS, backlog=_BACKLOG
-        )
+        protocol = self._protocol
+        self._acceptor = Acceptor(listener, tls, protocol, lambda: len(protocol.connections))
+        self._acceptor.start()
 
     async def stop(self, grace_seconds: float) -> None:
         """Accepts nothing more, lets requests in flight finish, then closes all connections."""
-        if self._server is None or self._protocol is None:
+        if self._acceptor is None or self._protocol is None:
             return
-        self._server.close()
+        await self._acceptor.stop()
         self._protocol.pre_shutdown()
         await self._protocol.shutdown(grace_seconds)
 

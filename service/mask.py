@@ -59,14 +59,16 @@ def mask_of_token(token: str) -> Mask:
 
 def mask_of_objects(objects: Iterable[bytes]) -> Mask:
     """For an AdmissionReview of these objects, as JSON or `null`."""
-    return Mask(lambda: [secret for each in objects for secret in _secrets_in(strictjson.decode_exact(each))])
+    return Mask(lambda: [secret for each in objects for secret in _secrets_of(each)])
 
 
 def mask_object(value: dict[str, Any]) -> dict[str, Any]:
     """A Kubernetes object without what its kind makes secret; other objects as they are."""
     kind = value.get("kind")
     if kind == "Secret":
-        hidden: dict[str, Any] = {key: _mask_all(value[key]) for key in ("data", "stringData") if key in value}
+        hidden: dict[str, Any] = {
+            key: _mask_all(value[key]) for key in ("data", "stringData") if key in value
+        }
         return {**value, **hidden, **_mask_last_applied(value)}
     if kind == "TokenReview":
         return {**value, **_mask_member(value, "spec", "token")}
@@ -94,6 +96,13 @@ def _mask_last_applied(value: dict[str, Any]) -> dict[str, Any]:
     ):
         return {}
     return {"metadata": {**metadata, "annotations": {**annotations, _LAST_APPLIED: MASKED}}}
+
+
+def _secrets_of(document: bytes) -> list[str]:
+    # Most objects are of no secret kind, and some are large: decode only those that can be.
+    if not any(part in document for part in (b"Secret", b"TokenRequest", b"\\u")):
+        return []
+    return _secrets_in(strictjson.decode(document))
 
 
 def _secrets_in(value: Any) -> list[str]:

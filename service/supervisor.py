@@ -19,13 +19,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import structlog
-from bulkhead.service.review import Reviewer
 
 from bulkhead.sandbox import Runtime, Sandbox, SandboxError
 from bulkhead.service.config import Address, Config
 from bulkhead.service.configured import sandbox_options
 from bulkhead.service.log import Format
 from bulkhead.service.names import NamedModule
+from bulkhead.service.review import Reviewer
 from bulkhead.service.tls import TlsFiles, ensure_certificate
 from bulkhead.service.worker import Role, WorkerSettings
 
@@ -221,6 +221,8 @@ class Supervisor:
         """Keeps the workers alive until `stop`; then lets them finish, or not, on `stop_now`."""
         keeping = [asyncio.create_task(worker.keep_alive()) for worker in self._workers]
         await stop.wait()
+        assert self._listener is not None
+        self._listener.close()  # the workers close theirs: connections are refused, and do not wait in vain
         for worker in self._workers:
             worker.terminate()
         hurry = asyncio.create_task(_wait(stop_now))

@@ -36,6 +36,10 @@ class ReviewType:
         """The apiVersion that modules see, as JSON."""
         return Raw(strictjson.encode(f"{self.group}/{V1}"))
 
+    @property
+    def _a_kind(self) -> str:
+        return f"{'an' if self.kind.startswith('A') else 'a'} {self.kind}"
+
     def version_of(self, body: bytes) -> str:
         """`v1` or `v1beta1`, of a body that `strictjson.check` has passed.
 
@@ -44,16 +48,15 @@ class ReviewType:
         header = strictjson.read(body, _Header)
         group, _, version = header.api_version.rpartition("/")
         if (header.kind, group) != (self.kind, self.group) or version not in (V1, V1BETA1):
-            raise BadReview(
-                f"expected a {self.kind} of {self.group}/{V1} or {self.group}/{V1BETA1}, got {_shown(header)}"
-            )
+            expected = f"{self._a_kind} of {self.group}/{V1} or {self.group}/{V1BETA1}"
+            raise BadReview(f"expected {expected}, got {_shown(header)}")
         return version
 
     def require_v1(self, response: Raw) -> None:
         """Checks a module's response. Raises Unreadable, Mismatch."""
         header = strictjson.read(response, _Header, "response")
         if header.kind != self.kind or header.api_version != f"{self.group}/{V1}":
-            raise Unreadable(f"response: expected a {self.kind} of {self.group}/{V1}, got {_shown(header)}")
+            raise Unreadable(f"response: expected {self._a_kind} of {self.group}/{V1}, got {_shown(header)}")
 
 
 def check_body(body: bytes) -> None:

@@ -23,13 +23,13 @@ from typing import Literal
 
 import structlog
 import uvloop
-from bulkhead.service.review import Reviewer
 
 from bulkhead.sandbox import Sandbox, SandboxError
 from bulkhead.service.config import Config, ConfigError, load_config
 from bulkhead.service.configured import sandbox_options
 from bulkhead.service.log import Format, configure_logging
 from bulkhead.service.names import ModuleNames
+from bulkhead.service.review import Reviewer
 
 Role = Literal["https", "grpc"]
 
@@ -137,8 +137,7 @@ async def _start_https(
         reviewer, max_body_bytes=config.server.max_body_bytes, max_in_flight=_max_in_flight(sandbox)
     )
     listener = socket.socket(fileno=settings.listener_fd)
-    listener.setblocking(False)
-    await server.start(listener, server_context(files))
+    server.start(listener, server_context(files))
     return settings.port, server.stop
 
 

@@ -3,7 +3,8 @@
  *
  * Transport: one AF_UNIX SOCK_SEQPACKET socket pair, so that every message arrives whole or not at
  * all. All numbers are in the machine's own byte order: both ends are processes of one machine and
- * one package. sandbox/spawner.py has the other end; a test compares the sizes.
+ * one package. sandbox/spawner.py has the other end; a test compares the two, with what
+ * `bulkhead-spawner --protocol` prints.
  *
  *   spawner -> service   HELLO     once, at the start
  *   service -> spawner   RUN       with file descriptors: standard input, output and error, then

@@ -18,6 +18,7 @@
 #include <fcntl.h>
 #include <sched.h>
 #include <signal.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -47,6 +48,9 @@
 #define NANOSECONDS_PER_SECOND 1000000000ull
 /* SIGKILL must not beat SIGPROF, which names the limit: RLIMIT_CPU counts whole seconds. */
 #define CPU_BACKSTOP_SECONDS 2
+/* What is read of a pipe after its run has ended: all that the largest pipe can hold (1 MiB unless
+ * root enlarged it). A bound, because a process that left the run's group may go on writing. */
+#define MOST_LAST_READS 16
 
 struct run;
 
@@ -195,7 +199,7 @@ static int confine(const struct launch *launch) {
   return limit_cpu(limits->cpu_nanoseconds);
 }
 
-/* Puts files[i] at descriptor i and closes all others. The files lie above the targets already. */
+/* Puts files[i] at descriptor i and closes all others. The files lie above: reserve_low_descriptors. */
 static int place_files(const struct launch *launch) {
   for (int i = 0; i < launch->file_count; i++)
     if (dup2(launch->files[i], i) < 0) return -1;
@@ -237,21 +241,11 @@ invalid:
   return -1;
 }
 
-/* Moves a descriptor above those that the child will overwrite. */
-static int lift(int fd) {
-  int higher = fcntl(fd, F_DUPFD_CLOEXEC, BULKHEAD_MAX_FILES);
-  int saved = errno;
-  close(fd);
-  errno = saved;
-  return higher;
-}
-
 static int open_errors_pipe(struct run *run, int *write_end) {
   int ends[2];
   if (pipe2(ends, O_CLOEXEC) != 0) return -1;
   run->errors_fd = ends[0];
-  *write_end = lift(ends[1]);
-  if (*write_end < 0) return -1;
+  *write_end = ends[1];
   return fcntl(run->errors_fd, F_SETFL, O_NONBLOCK);
 }
 
@@ -300,6 +294,10 @@ static int start_process(struct run *run, struct launch *launch) {
 done:;
   int saved = errno;
   close_fd(&write_end);
+  if (failed != 0) { /* now and not with the reply, which may have to wait: they would wake us for ever */
+    close_fd(&run->pidfd);
+    close_fd(&run->errors_fd);
+  }
   errno = saved;
   return failed;
 }
@@ -366,11 +364,14 @@ static void sweep_runs(void) {
 
 /* ---- a run's life -------------------------------------------------------------------------- */
 
-/* Reads what is in the pipe now, keeps what there is room for. Returns 0 at its end. */
-static int read_errors(struct run *run) {
+enum pipe_state { PIPE_ENDED, PIPE_EMPTY, PIPE_READ };
+
+/* Reads what is in the pipe now, and keeps what there is room for. */
+static enum pipe_state read_errors(struct run *run) {
   static char buffer[65536];
   ssize_t got = read(run->errors_fd, buffer, sizeof buffer);
-  if (got < 0) return errno == EINTR;
+  if (got == 0) return PIPE_ENDED;
+  if (got < 0) return PIPE_EMPTY;
   size_t keep = (uint64_t)got < run->errors_room_bytes ? (size_t)got : (size_t)run->errors_room_bytes;
   if (keep < (size_t)got) run->errors_truncated = 1;
   if (keep > 0) {
@@ -378,12 +379,12 @@ static int read_errors(struct run *run) {
     if (kept < (ssize_t)keep) run->errors_truncated = 1;
     run->errors_room_bytes -= keep;
   }
-  return got > 0;
+  return PIPE_READ;
 }
 
 static void on_errors(struct run *run) {
   if (run->ended || run->errors_fd < 0) return;
-  if (read_errors(run) == 0) close_fd(&run->errors_fd); /* closed by the run; also leaves epoll */
+  if (read_errors(run) == PIPE_ENDED) close_fd(&run->errors_fd); /* closed by the run; leaves epoll, too */
 }
 
 static void kill_run(struct run *run, enum end_reason reason) {
@@ -403,7 +404,7 @@ static void on_process_end(struct run *run) {
   pid_t reaped;
   while ((reaped = wait4(run->pid, &status, 0, &usage)) < 0 && errno == EINTR) continue;
   if (reaped < 0) die("wait4");
-  while (run->errors_fd >= 0 && read_errors(run) != 0) continue;
+  for (int i = 0; i < MOST_LAST_READS && run->errors_fd >= 0 && read_errors(run) == PIPE_READ; i++) continue;
   if (run->cpu >= 0) spawner.cpu_load[run->cpu]--;
   close_fd(&run->pidfd);
   close_fd(&run->errors_fd);
@@ -448,13 +449,11 @@ static void handle_run(const struct run_request *request, size_t size, int *file
   struct run *run = new_run(request->header.run_id);
   int stage = 0;
   if (file_count < 3 || split_strings(request, size, argv, envp) != 0) {
-    errno = file_count < 3 ? EMFILE : EINVAL; /* descriptors get lost when our table is full */
+    errno = EINVAL;
     stage = STAGE_REQUEST;
   } else {
-    for (int i = 0; i < file_count; i++)
-      if ((files[i] = lift(files[i])) < 0 && stage == 0) stage = STAGE_PREPARE;
-    memcpy(launch.files, files, sizeof launch.files);
-    if (stage == 0) stage = start_process(run, &launch);
+    memcpy(launch.files, files, (size_t)file_count * sizeof files[0]);
+    stage = start_process(run, &launch);
   }
   int saved = errno;
   for (int i = 0; i < file_count; i++)
@@ -469,7 +468,7 @@ static void handle_run(const struct run_request *request, size_t size, int *file
   run->deadline = wall < UINT64_MAX - run->started_at ? run->started_at + wall : UINT64_MAX;
 }
 
-/* Takes the descriptors out of a message. Returns their number; -1 if some were lost. */
+/* Takes the descriptors out of a message, and returns their number. */
 static int take_files(struct msghdr *message, int *files) {
   int count = 0;
   for (struct cmsghdr *c = CMSG_FIRSTHDR(message); c != NULL; c = CMSG_NXTHDR(message, c)) {
@@ -485,6 +484,7 @@ static int take_files(struct msghdr *message, int *files) {
   return count;
 }
 
+/* `lost` is 0, or the errno that says why a part of the message did not arrive. */
 static void handle_request(const char *buffer, size_t size, int *files, int file_count, int lost) {
   const struct message_header *header = (const struct message_header *)buffer;
   if (size < sizeof *header || header->magic != BULKHEAD_PROTOCOL_MAGIC ||
@@ -497,7 +497,7 @@ static void handle_request(const char *buffer, size_t size, int *files, int file
     handle_run((const struct run_request *)buffer, size, files, file_count);
     return;
   }
-  if (header->type == MESSAGE_RUN) fail_run(new_run(header->run_id), STAGE_REQUEST, lost ? EMFILE : EPROTO);
+  if (header->type == MESSAGE_RUN) fail_run(new_run(header->run_id), STAGE_REQUEST, lost ? lost : EPROTO);
   else if (header->type == MESSAGE_KILL && (run = find_run(header->run_id)) != NULL) kill_run(run, END_KILLED);
   for (int i = 0; i < file_count; i++) close(files[i]);
 }
@@ -516,7 +516,9 @@ static void on_request(void) {
   if (size <= 0) leave();
   int files[BULKHEAD_MAX_FILES];
   int count = take_files(&message, files);
-  handle_request(buffer.bytes, (size_t)size, files, count, (message.msg_flags & (MSG_CTRUNC | MSG_TRUNC)) != 0);
+  int lost = message.msg_flags & MSG_TRUNC ? E2BIG : 0;
+  if (message.msg_flags & MSG_CTRUNC) lost = EMFILE; /* too many descriptors, or our table is full */
+  handle_request(buffer.bytes, (size_t)size, files, count, lost);
 }
 
 /* ---- the loop ------------------------------------------------------------------------------ */
@@ -578,7 +580,58 @@ static void prefer_as_oom_victim(void) {
   close(fd);
 }
 
-int main(void) {
+/* Takes the numbers that a run's files get, so that no descriptor of ours ever has one of them and
+ * the child can put the files there in any order. */
+static void reserve_low_descriptors(void) {
+  int fd;
+  do {
+    fd = open("/dev/null", O_RDWR | O_CLOEXEC);
+    if (fd < 0) die("/dev/null");
+  } while (fd < BULKHEAD_MAX_FILES);
+  close(fd);
+}
+
+#define PRINT_SIZE(type) printf("%s %zu\n", #type, sizeof(struct type))
+#define PRINT_OFFSET(type, field) printf("%s.%s %zu\n", #type, #field, offsetof(struct type, field))
+
+/* For the test that compares this end of the protocol with the other one. */
+static int print_protocol(void) {
+  printf("magic %u\nversion %d\n", BULKHEAD_PROTOCOL_MAGIC, BULKHEAD_PROTOCOL_VERSION);
+  printf("types %d %d %d %d %d\n", MESSAGE_HELLO, MESSAGE_RUN, MESSAGE_KILL, MESSAGE_ENDED, MESSAGE_FAILED);
+  printf("reasons %d %d %d\n", END_BY_ITSELF, END_WALL_TIME, END_KILLED);
+  printf("stages %d %d %d %d\n", STAGE_REQUEST, STAGE_PREPARE, STAGE_CONFINE, STAGE_EXEC);
+  PRINT_SIZE(message_header);
+  PRINT_OFFSET(message_header, magic);
+  PRINT_OFFSET(message_header, version);
+  PRINT_OFFSET(message_header, type);
+  PRINT_OFFSET(message_header, run_id);
+  PRINT_SIZE(run_request);
+  PRINT_OFFSET(run_request, wall_nanoseconds);
+  PRINT_OFFSET(run_request, cpu_nanoseconds);
+  PRINT_OFFSET(run_request, data_bytes);
+  PRINT_OFFSET(run_request, address_bytes);
+  PRINT_OFFSET(run_request, file_bytes);
+  PRINT_OFFSET(run_request, stderr_bytes);
+  PRINT_OFFSET(run_request, open_files);
+  PRINT_OFFSET(run_request, pin_cpu);
+  PRINT_OFFSET(run_request, argument_count);
+  PRINT_OFFSET(run_request, environment_count);
+  PRINT_SIZE(ended_reply);
+  PRINT_OFFSET(ended_reply, wait_status);
+  PRINT_OFFSET(ended_reply, reason);
+  PRINT_OFFSET(ended_reply, wall_nanoseconds);
+  PRINT_OFFSET(ended_reply, cpu_nanoseconds);
+  PRINT_OFFSET(ended_reply, peak_resident_bytes);
+  PRINT_OFFSET(ended_reply, stderr_truncated);
+  PRINT_OFFSET(ended_reply, reserved);
+  PRINT_SIZE(failed_reply);
+  PRINT_OFFSET(failed_reply, stage);
+  PRINT_OFFSET(failed_reply, error);
+  return 0;
+}
+
+int main(int argc, char **argv) {
+  if (argc == 2 && strcmp(argv[1], "--protocol") == 0) return print_protocol();
   if (fcntl(CONTROL_FD, F_SETFD, FD_CLOEXEC) != 0) die("no control socket at descriptor 3");
   syscall(SYS_close_range, CONTROL_FD + 1u, ~0u, 0); /* what a library of the service's left open */
   reset_signals();
@@ -586,6 +639,7 @@ int main(void) {
   if (prctl(PR_SET_DUMPABLE, 0) != 0) die("prctl");
   if (chdir("/") != 0) die("chdir");
   raise_open_files();
+  reserve_low_descriptors();
   find_cpus();
   if ((spawner.epoll_fd = epoll_create1(EPOLL_CLOEXEC)) < 0) die("epoll_create1");
   arm_control(EPOLLIN);

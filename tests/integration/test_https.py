@@ -288,3 +288,19 @@ def test_answers_before_the_clients_timeout(sleepy: Served) -> None:
     assert response["status"]["code"] == 500
     assert "timeout" in response["status"]["message"]
     wait_until(lambda: _runs(sleepy) == 0, "the run to be killed")
+
+
+def test_a_flood_of_connections_does_not_starve_those_that_proceed(demo: Served) -> None:
+    """Clients that connect and say nothing hold places, and others are still served."""
+    silent = [socket.create_connection(demo.https_address, timeout=30) for _ in range(200)]
+    try:
+        assert demo.review("/authn", TOKEN_REVIEW)["status"]["authenticated"] is True
+    finally:
+        for connection in silent:
+            connection.close()
+    assert demo.request("/healthz", None, method="GET").status == 200
+
+
+def test_closes_a_connection_whose_handshake_stalls(demo: Served) -> None:
+    with socket.create_connection(demo.https_address, timeout=30) as silent:
+        assert silent.recv(1) == b""

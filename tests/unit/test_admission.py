@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from typing import Any
 
 import pytest
@@ -31,7 +32,12 @@ from bulkhead.service.rules import Target
 from bulkhead.service.strictjson import Mismatch
 
 UID = "f86bef2b-c547-4a72-ac37-6d79ed2b340e"
-OBJECT = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "c", "namespace": "n"}, "data": {"a": "b"}}
+OBJECT = {
+    "apiVersion": "v1",
+    "kind": "ConfigMap",
+    "metadata": {"name": "c", "namespace": "n"},
+    "data": {"a": "b"},
+}
 TIMEOUT = Failure("timeout")
 
 
@@ -67,7 +73,9 @@ def test_a_v1beta1_review_reaches_modules_as_v1() -> None:
 
 def test_reads_what_the_rules_look_at() -> None:
     question = read_question(
-        encoded(review(operation="CONNECT", subResource="exec", resource={"version": "v1", "resource": "pods"}))
+        encoded(
+            review(operation="CONNECT", subResource="exec", resource={"version": "v1", "resource": "pods"})
+        )
     )
     assert question.target == Target(
         operation="CONNECT", group="", version="v1", resource="pods", subresource="exec", namespace="n"
@@ -75,8 +83,10 @@ def test_reads_what_the_rules_look_at() -> None:
 
 
 def test_a_changed_object_takes_the_place_of_the_one_that_was_sent() -> None:
-    body = b'{"kind":"AdmissionReview","apiVersion":"admission.k8s.io/v1","request":{"uid":"u","operation":"CREATE",' \
+    body = (
+        b'{"kind":"AdmissionReview","apiVersion":"admission.k8s.io/v1","request":{"uid":"u","operation":"CREATE",'
         b'"resource":{"version":"v1","resource":"x"},"object":{"a":1},"options":{"n":1.10}}}'
+    )
     changed = read_question(body).with_object(b'{"a":12345678901234567890}')
     assert changed == body.replace(b'{"a":1}', b'{"a":12345678901234567890}')
 
@@ -84,20 +94,32 @@ def test_a_changed_object_takes_the_place_of_the_one_that_was_sent() -> None:
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        (b"\xff", "expected a review as JSON: not UTF-8"),
+        (b'{"kind":"\xff"}', "expected a review as JSON: not UTF-8"),
         (b"null", "expected an object, got null"),
-        (encoded({"apiVersion": "v1", "kind": "ConfigMap"}), "expected an AdmissionReview .* got ConfigMap of v1"),
+        (
+            encoded({"apiVersion": "v1", "kind": "ConfigMap"}),
+            "expected an AdmissionReview .* got ConfigMap of v1",
+        ),
         (encoded(review("v2")), "got AdmissionReview of admission.k8s.io/v2"),
-        (encoded({"apiVersion": "admission.k8s.io/v1", "kind": "AdmissionReview"}), "request: expected a value"),
+        (
+            encoded({"apiVersion": "admission.k8s.io/v1", "kind": "AdmissionReview"}),
+            "request: expected a value",
+        ),
         (encoded({**review(), "request": None}), "request: expected an object, got null"),
         (encoded({**review(), "request": []}), "request: expected an object, got a list"),
         (encoded(review(uid=None)), "request.uid: expected a string of 1 to 256 characters, got 0"),
         (encoded(review(uid="")), "request.uid: expected a string of 1 to 256 characters, got 0"),
         (encoded(review(uid="u" * 1_000_000)), "request.uid: .* got 1000000"),
         (encoded(review(uid=7)), "request.uid: expected a string, got an integer"),
-        (encoded(review(operation=None)), "request.operation: expected one of CREATE, UPDATE, DELETE, CONNECT, got nothing"),
+        (
+            encoded(review(operation=None)),
+            "request.operation: expected one of CREATE, UPDATE, DELETE, CONNECT, got nothing",
+        ),
         (encoded(review(operation="create")), "request.operation: .* got 'create'"),
-        (encoded(review(resource=None)), "request.resource: expected an object with group, version and resource"),
+        (
+            encoded(review(resource=None)),
+            "request.resource: expected an object with group, version and resource",
+        ),
         (encoded(review(resource={"resource": "pods"})), "request.resource: expected"),
         (encoded(review(resource="pods")), "request.resource: expected an object or null, got a string"),
         (encoded(review(object=[1])), "request.object: expected an object or null"),
@@ -132,7 +154,12 @@ def test_reads_what_a_module_says() -> None:
         auditAnnotations={"k": "v"},
     )
     assert answer == AdmissionAnswer(
-        allowed=False, code=403, message="not allowed", reason="Forbidden", warnings=("w",), annotations=(("k", "v"),)
+        allowed=False,
+        code=403,
+        message="not allowed",
+        reason="Forbidden",
+        warnings=("w",),
+        annotations=(("k", "v"),),
     )
 
 
@@ -150,10 +177,22 @@ def test_a_missing_uid_is_taken_for_the_right_one(uid: dict[str, Any]) -> None:
         ({"allowed": "true"}, "response.response.allowed: expected a boolean, got a string"),
         ({"allowed": True, "uid": "another"}, "expected the uid of the request, got another"),
         ({"allowed": True, "uid": ""}, "expected the uid of the request, got another"),
-        ({"allowed": True, "warnings": "w"}, "response.response.warnings: expected a list or null, got a string"),
-        ({"allowed": False, "status": {"code": "403"}}, "response.response.status.code: expected an integer or null"),
-        ({"allowed": True, "patch": "e30="}, "expected none from a module that is not configured as mutating"),
-        ({"allowed": False, "patch": "e30="}, "expected none from a module that is not configured as mutating"),
+        (
+            {"allowed": True, "warnings": "w"},
+            "response.response.warnings: expected a list or null, got a string",
+        ),
+        (
+            {"allowed": False, "status": {"code": "403"}},
+            "response.response.status.code: expected an integer or null",
+        ),
+        (
+            {"allowed": True, "patch": "e30="},
+            "expected none from a module that is not configured as mutating",
+        ),
+        (
+            {"allowed": False, "patch": "e30="},
+            "expected none from a module that is not configured as mutating",
+        ),
     ],
 )
 def test_an_answer_that_is_not_as_asked_is_a_failure(said: dict[str, Any], message: str) -> None:
@@ -214,21 +253,36 @@ def test_the_patch_of_a_refusal_is_not_looked_at() -> None:
         ({**OBJECT, "apiVersion": "v2"}, "Full", OBJECT, "expected the object to keep its apiVersion"),
         ({**OBJECT, "metadata": {"name": "d", "namespace": "n"}}, "Full", OBJECT, "keep its metadata.name"),
         ({**OBJECT, "metadata": {"name": "c"}}, "Full", OBJECT, "keep its metadata.namespace"),
-        ({**OBJECT, "metadata": 5}, "Full", OBJECT, "patch.metadata: expected an object or null, got an integer"),
+        (
+            {**OBJECT, "metadata": 5},
+            "Full",
+            OBJECT,
+            "patch.metadata: expected an object or null, got an integer",
+        ),
         ([{"op": "remove", "path": "/x"}], "JSONPatch", OBJECT, r"operation 0 \(remove\): nothing is at 'x'"),
         ([{"op": "replace", "path": "/kind", "value": "Secret"}], "JSONPatch", OBJECT, "keep its kind"),
-        ([{"op": "replace", "path": "", "value": 1}], "JSONPatch", OBJECT, "expected an object, got an integer"),
+        (
+            [{"op": "replace", "path": "", "value": 1}],
+            "JSONPatch",
+            OBJECT,
+            "expected an object, got an integer",
+        ),
         ({}, "JSONPatch", OBJECT, "expected a list, got an object"),
     ],
 )
-def test_a_patch_that_cannot_be_used_is_a_failure(value: Any, patch_type: str | None, current: Any, message: str) -> None:
+def test_a_patch_that_cannot_be_used_is_a_failure(
+    value: Any, patch_type: str | None, current: Any, message: str
+) -> None:
     with pytest.raises((Unreadable, Mismatch), match=message):
         patched(value, patch_type, current)
 
 
 def test_a_patch_may_name_an_object_that_has_no_name_yet() -> None:
     unnamed = {**OBJECT, "metadata": {"generateName": "c-"}}
-    assert patched({**OBJECT, "metadata": {"name": "c-1", "namespace": "n"}}, current=unnamed).changed is not None
+    assert (
+        patched({**OBJECT, "metadata": {"name": "c-1", "namespace": "n"}}, current=unnamed).changed
+        is not None
+    )
 
 
 # Folding
@@ -252,12 +306,25 @@ def test_nobody_asked_is_allowed() -> None:
 
 
 def test_all_denials_are_told_in_order_with_the_first_ones_code() -> None:
-    verdict = fold([told(ALLOWING, "a"), told(denying("x", 422, "Invalid"), "b"), told(denying("y", 403), "c")])
+    verdict = fold(
+        [told(ALLOWING, "a"), told(denying("x", 422, "Invalid"), "b"), told(denying("y", 403), "c")]
+    )
     assert verdict == AdmissionVerdict(False, 422, "b: x; c: y", "Invalid")
 
 
 @pytest.mark.parametrize(
-    ("code", "expected"), [(0, 400), (200, 400), (399, 400), (-1, 400), (400, 400), (403, 403), (599, 599), (600, 400), (99999, 400)]
+    ("code", "expected"),
+    [
+        (0, 400),
+        (200, 400),
+        (399, 400),
+        (-1, 400),
+        (400, 400),
+        (403, 403),
+        (599, 599),
+        (600, 400),
+        (99999, 400),
+    ],
 )
 def test_a_denial_has_the_code_of_an_error(code: int, expected: int) -> None:
     assert fold([told(denying(code=code))]).code == expected
@@ -277,7 +344,7 @@ def test_an_ignored_failure_allows_with_a_warning() -> None:
 
 
 def test_a_failure_with_policy_error_is_left_to_the_cluster() -> None:
-    with pytest.raises(ModuleFailed, match="^module m failed: timeout$"):
+    with pytest.raises(ModuleFailed, match=r"^module m failed: timeout$"):
         fold([told(ALLOWING, "a"), told(TIMEOUT, policy=FailurePolicy.ERROR)])
 
 
@@ -353,12 +420,15 @@ def test_audit_annotations_that_would_share_a_key_are_all_kept() -> None:
 _QUALIFIED = r"[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?"
 
 
-@given(st.lists(st.tuples(st.text(max_size=80), st.text(max_size=5)), max_size=10), st.sampled_from(["m", "n" * 63]))
+@given(
+    st.lists(st.tuples(st.text(max_size=80), st.text(max_size=5)), max_size=10),
+    st.sampled_from(["m", "n" * 63]),
+)
 def test_audit_annotations_have_qualified_names(pairs: list[tuple[str, str]], name: str) -> None:
-    import re
-
     unique = dict(pairs)
-    annotations = fold([told(AdmissionAnswer(allowed=True, annotations=tuple(unique.items())), name)]).annotations
+    annotations = fold(
+        [told(AdmissionAnswer(allowed=True, annotations=tuple(unique.items())), name)]
+    ).annotations
     assert len(annotations) == len(unique)
     for key in annotations:
         assert re.fullmatch(_QUALIFIED, key)

@@ -62,22 +62,35 @@ def test_a_v1beta1_review_reaches_modules_as_v1() -> None:
         (b"", "expected a review as JSON: empty; expected one JSON document"),
         (b"token", "expected a review as JSON: not JSON"),
         (b"[]", "expected an object, got a list"),
-        (b"{}", "expected a TokenReview of authentication.k8s.io/v1 or authentication.k8s.io/v1beta1, "
-                "got an object without kind and apiVersion"),
-        (encoded({**review(token="t"), "kind": "AdmissionReview", "apiVersion": "admission.k8s.io/v1"}),
-         "expected a TokenReview .* got AdmissionReview of admission.k8s.io/v1"),
+        (
+            b"{}",
+            "expected a TokenReview of authentication.k8s.io/v1 or authentication.k8s.io/v1beta1, "
+            "got an object without kind and apiVersion",
+        ),
+        (
+            encoded({**review(token="t"), "kind": "AdmissionReview", "apiVersion": "admission.k8s.io/v1"}),
+            "expected a TokenReview .* got AdmissionReview of admission.k8s.io/v1",
+        ),
         (encoded(review("v2", token="t")), "got TokenReview of authentication.k8s.io/v2"),
         (encoded({**review(token="t"), "apiVersion": "v1"}), "got TokenReview of v1"),
         (encoded({**review(token="t"), "kind": 5}), "kind: expected a string, got an integer"),
-        (b'{"apiVersion":"authentication.k8s.io/v1","kind":"TokenReview"}', "spec: expected a value, got nothing"),
+        (
+            b'{"apiVersion":"authentication.k8s.io/v1","kind":"TokenReview"}',
+            "spec: expected a value, got nothing",
+        ),
         (encoded({**review(), "spec": None}), "spec: expected an object, got null"),
         (encoded(review()), "spec.token: expected a string that is not empty"),
         (encoded(review(token="")), "spec.token: expected a string that is not empty"),
         (encoded(review(token=5)), "spec.token: expected a string, got an integer"),
         (encoded(review(token="t", audiences="a")), "spec.audiences: expected a list or null, got a string"),
-        (encoded(review(token="t", audiences=["a", 1])), r"spec.audiences\[1\]: expected a string, got an integer"),
-        (b'{"apiVersion":"authentication.k8s.io/v1","kind":"TokenReview","spec":{"token":"a","token":"b"}}',
-         'the key "token" is there twice'),
+        (
+            encoded(review(token="t", audiences=["a", 1])),
+            r"spec.audiences\[1\]: expected a string, got an integer",
+        ),
+        (
+            b'{"apiVersion":"authentication.k8s.io/v1","kind":"TokenReview","spec":{"token":"a","token":"b"}}',
+            'the key "token" is there twice',
+        ),
     ],
 )
 def test_refuses_what_is_no_token_review_and_says_what_was_expected(body: bytes, message: str) -> None:
@@ -95,7 +108,9 @@ def test_reads_who_it_is() -> None:
     assert answer == TokenAnswer(User("ann", "7", ["g"], {"k": ["v"]}), ("a",))
 
 
-@pytest.mark.parametrize("status", [{}, {"authenticated": False}, {"authenticated": None, "user": {"username": "x"}}])
+@pytest.mark.parametrize(
+    "status", [{}, {"authenticated": False}, {"authenticated": None, "user": {"username": "x"}}]
+)
 def test_anything_but_authenticated_is_not(status: dict[str, Any]) -> None:
     assert read_answer(response(**status)) == UNKNOWN
 
@@ -109,12 +124,24 @@ def test_reads_why_a_module_could_not_tell() -> None:
     [
         (response(authenticated=True), "username: expected a string that is not empty"),
         (response(authenticated=True, user={"uid": "1"}), "username: expected a string that is not empty"),
-        (response(authenticated=True, user={"username": 1}), "response.status.user.username: expected a string"),
-        (response(authenticated="true"), "response.status.authenticated: expected a boolean or null, got a string"),
+        (
+            response(authenticated=True, user={"username": 1}),
+            "response.status.user.username: expected a string",
+        ),
+        (
+            response(authenticated="true"),
+            "response.status.authenticated: expected a boolean or null, got a string",
+        ),
         (response(authenticated=1), "expected a boolean or null, got an integer"),
-        (Raw(encoded({**review(token="t"), "status": None})), "response.status: expected an object, got null"),
+        (
+            Raw(encoded({**review(token="t"), "status": None})),
+            "response.status: expected an object, got null",
+        ),
         (Raw(encoded(review(token="t"))), "response.status: expected a value, got nothing"),
-        (Raw(encoded({**review("v1beta1"), "status": {}})), "expected a TokenReview of authentication.k8s.io/v1, got"),
+        (
+            Raw(encoded({**review("v1beta1"), "status": {}})),
+            "expected a TokenReview of authentication.k8s.io/v1, got",
+        ),
         (Raw(b'{"status":{"authenticated":true,"user":{"username":"x"}}}'), "got an object without kind"),
         (Raw(b'"yes"'), "response: expected an object, got a string"),
     ],
@@ -147,7 +174,9 @@ def test_a_module_that_knows_the_token_decides() -> None:
     assert accept("m", ANN, OWN, OWN) == TokenVerdict(ANN.user, OWN, by="m")
 
 
-@pytest.mark.parametrize("answer", [UNKNOWN, Failure("timeout"), TokenAnswer(User(username="ann"), ("other",))])
+@pytest.mark.parametrize(
+    "answer", [UNKNOWN, Failure("timeout"), TokenAnswer(User(username="ann"), ("other",))]
+)
 def test_the_next_module_is_asked_otherwise(answer: TokenAnswer | Failure) -> None:
     assert accept("m", answer, OWN, OWN) is None
 
@@ -182,7 +211,9 @@ def test_a_refusal_is_said_and_not_left_out() -> None:
     assert status == {"authenticated": False, "error": "module m: no user for ***"}
 
 
-@given(st.dictionaries(st.text(st.characters(codec="ascii"), max_size=5), st.integers() | st.text(max_size=5)))
+@given(
+    st.dictionaries(st.text(st.characters(codec="ascii"), max_size=5), st.integers() | st.text(max_size=5))
+)
 def test_translation_keeps_all_but_the_version(extra: dict[str, Any]) -> None:
     sent = review("v1beta1", **{**extra, "token": "t", "audiences": []})
     translated = json.loads(read_question(encoded(sent)).review_v1)

@@ -43,12 +43,16 @@ def response(**status: Any) -> Raw:
 
 
 def test_a_v1_review_reaches_modules_as_it_was_sent() -> None:
-    body = encoded(review(user="u", groups=["g"], resourceAttributes={**RESOURCE, "labelSelector": {"x": 1.10}}))
+    body = encoded(
+        review(user="u", groups=["g"], resourceAttributes={**RESOURCE, "labelSelector": {"x": 1.10}})
+    )
     assert read_question(body).review_v1 is body
 
 
 def test_the_group_list_of_v1beta1_is_called_groups_in_v1() -> None:
-    sent = review("v1beta1", user="u", group=["g", "h"], resourceAttributes=RESOURCE, extra={"k": ["v"]}, other=1)
+    sent = review(
+        "v1beta1", user="u", group=["g", "h"], resourceAttributes=RESOURCE, extra={"k": ["v"]}, other=1
+    )
     translated = json.loads(read_question(encoded(sent)).review_v1)
     spec = {key: value for key, value in sent["spec"].items() if key != "group"}
     assert translated == {
@@ -64,9 +68,7 @@ def test_a_v1beta1_review_without_groups_gets_none() -> None:
 
 
 @given(
-    st.dictionaries(
-        st.sampled_from(["user", "uid", "unknown", "x y"]), st.text(max_size=5), max_size=4
-    ),
+    st.dictionaries(st.sampled_from(["user", "uid", "unknown", "x y"]), st.text(max_size=5), max_size=4),
     st.none() | st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=3), max_size=3),
 )
 def test_translation_there_and_back_is_the_same(spec: dict[str, Any], groups: list[str] | None) -> None:
@@ -82,17 +84,34 @@ def test_translation_there_and_back_is_the_same(spec: dict[str, Any], groups: li
     [
         (b"{", "not JSON"),
         (b'"x"', "expected an object, got a string"),
-        (encoded({"apiVersion": "authentication.k8s.io/v1", "kind": "TokenReview"}),
-         "expected a SubjectAccessReview .* got TokenReview of authentication.k8s.io/v1"),
-        (b'{"apiVersion":"authorization.k8s.io/v1","kind":"SubjectAccessReview"}', "spec: expected a value, got nothing"),
+        (
+            encoded({"apiVersion": "authentication.k8s.io/v1", "kind": "TokenReview"}),
+            "expected a SubjectAccessReview .* got TokenReview of authentication.k8s.io/v1",
+        ),
+        (
+            b'{"apiVersion":"authorization.k8s.io/v1","kind":"SubjectAccessReview"}',
+            "spec: expected a value, got nothing",
+        ),
         (encoded(review(user="u")), "either resourceAttributes or nonResourceAttributes, got neither"),
         (encoded(review(resourceAttributes={}, nonResourceAttributes={})), "got both"),
-        (encoded(review(user=1, resourceAttributes={})), "spec.user: expected a string or null, got an integer"),
-        (encoded(review(groups="g", resourceAttributes={})), "spec.groups: expected a list or null, got a string"),
+        (
+            encoded(review(user=1, resourceAttributes={})),
+            "spec.user: expected a string or null, got an integer",
+        ),
+        (
+            encoded(review(groups="g", resourceAttributes={})),
+            "spec.groups: expected a list or null, got a string",
+        ),
         (encoded(review("v1beta1", group="g", resourceAttributes={})), "spec.group: expected a list or null"),
         (encoded(review("v1beta1", groups=["g"], resourceAttributes={})), "spec.groups: expected spec.group"),
-        (encoded(review(resourceAttributes={"verb": 1})), "spec.resourceAttributes.verb: expected a string or null"),
-        (encoded(review(resourceAttributes=[])), "spec.resourceAttributes: expected an object or null, got a list"),
+        (
+            encoded(review(resourceAttributes={"verb": 1})),
+            "spec.resourceAttributes.verb: expected a string or null",
+        ),
+        (
+            encoded(review(resourceAttributes=[])),
+            "spec.resourceAttributes: expected an object or null, got a list",
+        ),
     ],
 )
 def test_refuses_what_is_no_access_review_and_says_what_was_expected(body: bytes, message: str) -> None:
@@ -131,9 +150,14 @@ def test_an_answer_that_is_not_as_asked_is_a_failure(answer: Raw, message: str) 
         ([NOTHING, ALLOW], AccessVerdict(True, reason="member")),
         ([BROKEN, ALLOW], AccessVerdict(True, reason="member", evaluation_error="module m0 failed: trap")),
         ([BROKEN, DENY], AccessVerdict(False, True, "banned", "module m0 failed: trap")),
-        ([AccessAnswer(True, True)], AccessVerdict(False, True, "", "module m0 both allowed and denied: denied")),
-        ([AccessAnswer(False, False, "r", "e"), AccessAnswer(False, False, "s")],
-         AccessVerdict(False, False, "r; s", "module m0: e")),
+        (
+            [AccessAnswer(True, True)],
+            AccessVerdict(False, True, "", "module m0 both allowed and denied: denied"),
+        ),
+        (
+            [AccessAnswer(False, False, "r", "e"), AccessAnswer(False, False, "s")],
+            AccessVerdict(False, False, "r; s", "module m0: e"),
+        ),
         ([AccessAnswer(False, False, "not mine"), ALLOW], AccessVerdict(True, reason="member")),
     ],
 )

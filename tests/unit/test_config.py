@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from bulkhead.sandbox import Limits
 from bulkhead.service import demo
@@ -78,7 +80,7 @@ authentication:
   audiences: [api]
   modules: [{module: m.wasm}]
 authorization:
-  modules: [{name: z, module: m.wasm, settings: {a: [1, 2.5, null, true]}, debug: true, limits: {memory: 1Mi}}]
+  modules: [{name: z, module: m.wasm, settings: {a: [1, 2.5, null]}, debug: true, limits: {memory: 1Mi}}]
 admission:
   modules:
     - module: n.wasm
@@ -86,7 +88,8 @@ admission:
       type: wasi
       failurePolicy: Ignore
       settings: null
-      rules: [{operations: ["*"], apiGroups: ["", apps], apiVersions: [v1], resources: ["pods/*"], scope: Namespaced}]
+      rules:
+      - {operations: ["*"], apiGroups: ["", apps], apiVersions: [v1], resources: [pods/exec], scope: "*"}
 """)
     assert config.server.https.address == Address("::1", 0)
     assert str(config.server.https.address) == "[::1]:0"
@@ -108,13 +111,13 @@ admission:
     assert config.authentication.audiences == ("api",)
     (authz,) = config.authorization.modules
     assert (authz.name, authz.module, authz.debug) == ("z", tmp_path / "m.wasm", True)
-    assert authz.settings == {"a": [1, 2.5, None, True]}
+    assert authz.settings == {"a": [1, 2.5, None]}
     assert config.limits_of(authz).memory_bytes == 1 << 20
     assert config.limits_of(authz).fuel == 7
     (admission,) = config.admission.modules
     assert (admission.name, admission.mutating, admission.failure_policy) == ("n", True, FailurePolicy.IGNORE)
     assert admission.has_settings
-    assert admission.rules[0].rule().resources == (("pods", "*"),)
+    assert admission.rules[0].rule().resources == (("pods", "exec"),)
     assert not config.authentication.modules[0].has_settings
 
 
@@ -144,8 +147,11 @@ def test_a_module_without_a_name_is_called_by_its_file(file: str, name: str) -> 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("", "bulkhead.yaml: expected a mapping with the sections server, limits, authentication, authorization, "
-             "admission, got an empty file"),
+        (
+            "",
+            "bulkhead.yaml: expected a mapping with the sections server, limits, authentication, "
+            "authorization, admission, got an empty file",
+        ),
         ("[]", "bulkhead.yaml: expected a mapping with the sections server, .*, got a list"),
         ("a: 1\nb: 2\na: 3", r'bulkhead.yaml:3: duplicate key "a"'),
         ("a: [1", "bulkhead.yaml:1: not YAML: expected ',' or ']'"),
@@ -157,8 +163,6 @@ def test_a_module_without_a_name_is_called_by_its_file(file: str, name: str) -> 
     ],
 )
 def test_refuses_what_is_no_yaml_mapping(load: Load, text: str, expected: str) -> None:
-    import re
-
     (problem,) = problems(load, text)
     assert re.match(expected, problem)
 
@@ -171,7 +175,7 @@ def test_refuses_a_file_that_is_not_utf8(tmp_path: Path) -> None:
 
 
 def test_refuses_a_file_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="none.yaml: cannot read the file: No such file or directory"):
+    with pytest.raises(ConfigError, match=r"none\.yaml: cannot read the file: No such file or directory"):
         load_config(tmp_path / "none.yaml")
     with pytest.raises(ConfigError, match="cannot read the file: Is a directory"):
         load_config(tmp_path)
@@ -180,64 +184,142 @@ def test_refuses_a_file_that_cannot_be_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("admision: {}", "1: admision: expected one of the keys server, limits, authentication, authorization, "
-                         "admission, got an unknown one; did you mean admission?"),
-        ("server: {grpc: {tls: {}}}", "1: server.grpc.tls: expected one of the keys address, got an unknown one"),
-        ("server: {graceperiod: 1s}", "1: server.graceperiod: expected one of the keys https, grpc, maxBodyBytes, "
-                                      "gracePeriod, stateDir, wasmtime, got an unknown one; did you mean gracePeriod?"),
+        (
+            "admision: {}",
+            "1: admision: expected one of the keys server, limits, authentication, authorization, "
+            "admission, got an unknown one; did you mean admission?",
+        ),
+        (
+            "server: {grpc: {tls: {}}}",
+            "1: server.grpc.tls: expected one of the keys address, got an unknown one",
+        ),
+        (
+            "server: {graceperiod: 1s}",
+            "1: server.graceperiod: expected one of the keys https, grpc, maxBodyBytes, "
+            "gracePeriod, stateDir, wasmtime, got an unknown one; did you mean gracePeriod?",
+        ),
         ("server: {grace_period: 1s}", "did you mean gracePeriod?"),
         ("server:", "1: server: expected a mapping, got nothing"),
-        ("server: {https: {address: 8443}}", "server.https.address: expected HOST:PORT such as 127.0.0.1:8443, got 8443"),
-        ("server: {https: {address: ':8443'}}", "expected a host before the port; for all addresses write 0.0.0.0:8443"),
+        (
+            "server: {https: {address: 8443}}",
+            "server.https.address: expected HOST:PORT such as 127.0.0.1:8443, got 8443",
+        ),
+        (
+            "server: {https: {address: ':8443'}}",
+            "expected a host before the port; for all addresses write 0.0.0.0:8443",
+        ),
         ("server: {https: {address: '::1:8443'}}", "expected an IPv6 address to stand in brackets"),
         ("server: {https: {address: '[1.2.3.4]:1'}}", "expected an IPv6 address to stand in brackets"),
         ("server: {https: {address: '[zz:1]:1'}}", "expected an IPv6 address in the brackets, got 'zz:1'"),
         ("server: {https: {address: 'h:65536'}}", "with a port from 0 to 65535, got 'h:65536'"),
         ("server: {https: {address: 'a b:1'}}", "expected a host name or an IP address, got 'a b'"),
-        ("server: {grpc: {address: '0.0.0.0:1'}}", "1: server.grpc.address: expected a loopback address such as "
-                                                   "127.0.0.1:50051, got '0.0.0.0:1': this version has no TLS for gRPC"),
+        (
+            "server: {grpc: {address: '0.0.0.0:1'}}",
+            "1: server.grpc.address: expected a loopback address such as "
+            "127.0.0.1:50051, got '0.0.0.0:1': this version has no TLS for gRPC",
+        ),
         ("server: {grpc: {address: 'example.com:1'}}", "expected a loopback address"),
-        ("server: {maxBodyBytes: 8MB}", "server.maxBodyBytes: expected a quantity of bytes: '8MB' is not a quantity"),
+        (
+            "server: {maxBodyBytes: 8MB}",
+            "server.maxBodyBytes: expected a quantity of bytes: '8MB' is not a quantity",
+        ),
         ("server: {maxBodyBytes: 100}", "server.maxBodyBytes: expected at least 1024, got 100"),
-        ("server: {maxBodyBytes: true}", "expected a quantity of bytes such as 65536, 64Mi or 1.5Gi, got true"),
-        ("server: {gracePeriod: 25}", "expected a duration with its unit, such as 500ms, 2s or 1m30s, got 25"),
+        (
+            "server: {maxBodyBytes: true}",
+            "expected a quantity of bytes such as 65536, 64Mi or 1.5Gi, got true",
+        ),
+        (
+            "server: {gracePeriod: 25}",
+            "expected a duration with its unit, such as 500ms, 2s or 1m30s, got 25",
+        ),
         ("server: {gracePeriod: 2 s}", "expected a duration: '2 s' is not a duration"),
         ("server: {stateDir: 5}", "server.stateDir: expected the path of a file or folder, got 5"),
         ("limits: {memory: 1Ki}", "1: limits.memory: expected a value from 65536 to 4294967296, got '1Ki'"),
-        ("limits: {memory: null}", "limits.memory: expected a quantity of bytes such as 65536, 64Mi or 1.5Gi, got nothing"),
+        (
+            "limits: {memory: null}",
+            "limits.memory: expected a quantity of bytes such as 65536, 64Mi or 1.5Gi, got nothing",
+        ),
         ("limits: {timeout: 0s}", "1: limits.timeout: expected a value from 0.001 to 3600, got '0s'"),
         ("limits: {fuel: 1.5}", "limits.fuel: expected an integer, got 1.5"),
         ("limits: {tableElements: -1}", "limits.tableElements: expected a value from 0 to 10000000, got -1"),
         ("limits: {maxConcurrentRuns: 0}", "limits.maxConcurrentRuns: expected at least 1, got 0"),
-        ("authentication: {audiences: ['']}", "authentication.audiences[0]: expected a string that is not empty, got ''"),
+        (
+            "authentication: {audiences: ['']}",
+            "authentication.audiences[0]: expected a string that is not empty, got ''",
+        ),
         ("authentication: {modules: {}}", "authentication.modules: expected a list, got a mapping"),
-        ("authentication: {modules: [m.wasm]}", "authentication.modules[0]: expected a mapping, got 'm.wasm'"),
-        ("authentication: {modules: [{name: x}]}", "modules[0].module: expected a value, got nothing: this key is required"),
-        ("authentication: {modules: [{module: no.wasm}]}", "modules[0].module: expected the path of a module, but there is "
-                                                           "no file no.wasm"),
+        (
+            "authentication: {modules: [m.wasm]}",
+            "authentication.modules[0]: expected a mapping, got 'm.wasm'",
+        ),
+        (
+            "authentication: {modules: [{name: x}]}",
+            "modules[0].module: expected a value, got nothing: this key is required",
+        ),
+        (
+            "authentication: {modules: [{module: no.wasm}]}",
+            "modules[0].module: expected the path of a module, but there is no file no.wasm",
+        ),
         ("authentication: {modules: [{module: .}]}", "is not a file"),
-        ("authentication: {modules: [{module: m.wasm, mutating: true}]}", "modules[0].mutating: expected one of the keys "
-         "name, module, settings, debug, limits, got an unknown one"),
-        ("authentication: {modules: [{module: m.wasm, name: A_b}]}", "modules[0].name: expected a name of at most 63 "
-         "lower-case letters, digits, '-' and '.', got 'A_b'"),
-        ("authentication: {modules: [{module: m.wasm, debug: 'yes'}]}", "modules[0].debug: expected true or false, got 'yes'"),
-        ("authentication: {modules: [{module: m.wasm, settings: {d: 2020-01-01}}]}", "d is a date: put it in quotes"),
-        ("authentication: {modules: [{module: m.wasm, settings: {a: [.nan]}}]}", "a[0] is not a finite number"),
-        ("authentication: {modules: [{module: m.wasm, settings: {1: 2}}]}", "the key 1, which is not a string"),
-        ("authentication: {modules: [{module: m.wasm, limits: {memory: 5Gi}}]}",
-         "modules[0].limits.memory: expected a value from 65536 to 4294967296, got '5Gi'"),
-        ("authentication: {modules: [{module: m.wasm, limits: {maxQueuedRuns: 1}}]}", "modules[0].limits.maxQueuedRuns: "
-         "expected one of the keys memory, timeout, cpu, stdout, stderr, stack, tableElements, fuel, got an unknown one"),
-        ("authentication: {modules: [{module: m.wasm}, {module: m.wasm}]}",
-         "1: authentication.modules[1].name: expected a name of its own, got 'm', which authentication.modules[0] has"),
-        ("admission: {modules: [{module: m.wasm, type: kubewarden}]}", "modules[0].type: expected 'wasi': Kubewarden policies "
-         "('kubewarden') are not supported by this version"),
+        (
+            "authentication: {modules: [{module: m.wasm, mutating: true}]}",
+            "modules[0].mutating: expected one of the keys "
+            "name, module, settings, debug, limits, got an unknown one",
+        ),
+        (
+            "authentication: {modules: [{module: m.wasm, name: A_b}]}",
+            "modules[0].name: expected a name of at most 63 "
+            "lower-case letters, digits, '-' and '.', got 'A_b'",
+        ),
+        (
+            "authentication: {modules: [{module: m.wasm, debug: 'yes'}]}",
+            "modules[0].debug: expected true or false, got 'yes'",
+        ),
+        (
+            "authentication: {modules: [{module: m.wasm, settings: {d: 2020-01-01}}]}",
+            "d is a date: put it in quotes",
+        ),
+        (
+            "authentication: {modules: [{module: m.wasm, settings: {a: [.nan]}}]}",
+            "a[0] is not a finite number",
+        ),
+        (
+            "authentication: {modules: [{module: m.wasm, settings: {1: 2}}]}",
+            "the key 1, which is not a string",
+        ),
+        (
+            "authentication: {modules: [{module: m.wasm, limits: {memory: 5Gi}}]}",
+            "modules[0].limits.memory: expected a value from 65536 to 4294967296, got '5Gi'",
+        ),
+        (
+            "authentication: {modules: [{module: m.wasm, limits: {maxQueuedRuns: 1}}]}",
+            "modules[0].limits.maxQueuedRuns: "
+            "expected one of the keys memory, timeout, cpu, stdout, stderr, stack, tableElements, fuel, got",
+        ),
+        (
+            "authentication: {modules: [{module: m.wasm}, {module: m.wasm}]}",
+            "1: authentication.modules[1].name: expected a name of its own, got 'm', which "
+            "authentication.modules[0] has; set name",
+        ),
+        (
+            "admission: {modules: [{module: m.wasm, type: kubewarden}]}",
+            "modules[0].type: expected 'wasi': Kubewarden policies "
+            "('kubewarden') are not supported by this version",
+        ),
         ("admission: {modules: [{module: m.wasm, type: x}]}", "modules[0].type: expected 'wasi', got 'x'"),
-        ("admission: {modules: [{module: m.wasm, failurePolicy: fail}]}", "expected 'Fail', 'Ignore' or 'Error', got 'fail'"),
-        ("admission: {modules: [{module: m.wasm, namespaceSelector: {}}]}", "modules[0].namespaceSelector: not supported here"),
+        (
+            "admission: {modules: [{module: m.wasm, failurePolicy: fail}]}",
+            "expected 'Fail', 'Ignore' or 'Error', got 'fail'",
+        ),
+        (
+            "admission: {modules: [{module: m.wasm, namespaceSelector: {}}]}",
+            "modules[0].namespaceSelector: not supported here",
+        ),
     ],
 )
-def test_every_mistake_is_told_with_its_line_and_what_was_expected(load: Load, text: str, expected: str) -> None:
+def test_every_mistake_is_told_with_its_line_and_what_was_expected(
+    load: Load, text: str, expected: str
+) -> None:
     (problem,) = problems(load, text)
     assert problem.startswith("bulkhead.yaml:1: ")
     assert expected in problem
@@ -245,27 +327,47 @@ def test_every_mistake_is_told_with_its_line_and_what_was_expected(load: Load, t
 
 def rule_problems(load: Load, rule: str) -> list[str]:
     text = f"admission:\n  modules:\n  - module: m.wasm\n    rules:\n    - {rule}\n"
-    return [problem.removeprefix("bulkhead.yaml:5: admission.modules[0].rules[0].") for problem in problems(load, text)]
+    return [
+        problem.removeprefix("bulkhead.yaml:5: admission.modules[0].rules[0].")
+        for problem in problems(load, text)
+    ]
 
 
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ("operations: [create]", "operations[0]: expected one of CREATE, UPDATE, DELETE, CONNECT, *, got 'create'"),
+        (
+            "operations: [create]",
+            "operations[0]: expected one of CREATE, UPDATE, DELETE, CONNECT, *, got 'create'",
+        ),
         ("operations: []", "operations: expected at least one entry, got an empty list"),
         ("operations: CREATE", "operations: expected a list, got 'CREATE'"),
-        ("apiGroups: [apps/v1]", "apiGroups[0]: expected an API group such as apps, \"\" for the core group, or \"*\", "
-                                 "got 'apps/v1'"),
+        (
+            "apiGroups: [apps/v1]",
+            'apiGroups[0]: expected an API group such as apps, "" for the core group, or "*", '
+            "got 'apps/v1'",
+        ),
         ("apiGroups: [5]", "apiGroups[0]: expected a string, got 5"),
-        ("apiVersions: [apps/v1]", "apiVersions[0]: expected an API version such as v1 (without its group), or \"*\", "
-                                   "got 'apps/v1'"),
-        ("resources: [Pod]", "resources[0]: expected a resource in lower-case plural such as pods, pods/status, "
-                             "\"pods/*\" or \"*\", got 'Pod'"),
-        ("resources: [pods/]", "resources[0]: expected a resource in lower-case plural such as pods, pods/status, "
-                               "\"pods/*\" or \"*\", got 'pods/'"),
+        (
+            "apiVersions: [apps/v1]",
+            "apiVersions[0]: expected an API version such as v1 (without its group), or \"*\", got 'apps/v1'",
+        ),
+        (
+            "resources: [Pod]",
+            "resources[0]: expected a resource in lower-case plural such as pods, pods/status, "
+            '"pods/*" or "*", got \'Pod\'',
+        ),
+        (
+            "resources: [pods/]",
+            "resources[0]: expected a resource in lower-case plural such as pods, pods/status, "
+            '"pods/*" or "*", got \'pods/\'',
+        ),
         ("scope: cluster", "scope: expected 'Cluster', 'Namespaced' or '*', got 'cluster'"),
-        ("apiGroup: ['']", "apiGroup: expected one of the keys operations, apiGroups, apiVersions, resources, scope, "
-                           "got an unknown one; did you mean apiGroups?"),
+        (
+            "apiGroup: ['']",
+            "apiGroup: expected one of the keys operations, apiGroups, apiVersions, resources, scope, "
+            "got an unknown one; did you mean apiGroups?",
+        ),
     ],
 )
 def test_every_mistake_in_a_rule_is_told(load: Load, change: str, expected: str) -> None:
@@ -313,19 +415,31 @@ admission:
 
 
 def test_the_same_name_may_be_used_in_two_sections(load: Load) -> None:
-    config = load("authentication: {modules: [{module: m.wasm}]}\nauthorization: {modules: [{module: m.wasm}]}")
+    config = load(
+        "authentication: {modules: [{module: m.wasm}]}\nauthorization: {modules: [{module: m.wasm}]}"
+    )
     assert [modules[0].name for _, modules in config.sections() if modules] == ["m", "m"]
 
 
 def test_words_that_older_yaml_reads_as_booleans_stay_words(load: Load) -> None:
-    config = load("authentication: {modules: [{module: m.wasm, settings: {country: no, time: 22:22, id: 0x1F}}]}")
+    config = load(
+        "authentication: {modules: [{module: m.wasm, settings: {country: no, time: 22:22, id: 0x1F}}]}"
+    )
     assert config.authentication.modules[0].settings == {"country": "no", "time": "22:22", "id": 31}
 
 
 @pytest.mark.parametrize(
     ("address", "loopback"),
-    [("127.0.0.1:1", True), ("127.9.9.9:1", True), ("[::1]:1", True), ("localhost:1", True), ("0.0.0.0:1", False),
-     ("[::]:1", False), ("10.0.0.1:1", False), ("localhost.example.com:1", False)],
+    [
+        ("127.0.0.1:1", True),
+        ("127.9.9.9:1", True),
+        ("[::1]:1", True),
+        ("localhost:1", True),
+        ("0.0.0.0:1", False),
+        ("[::]:1", False),
+        ("10.0.0.1:1", False),
+        ("localhost.example.com:1", False),
+    ],
 )
 def test_knows_which_addresses_only_this_machine_can_reach(address: str, loopback: bool) -> None:
     parsed = Address.parse(address)
@@ -334,8 +448,15 @@ def test_knows_which_addresses_only_this_machine_can_reach(address: str, loopbac
 
 
 def test_a_configuration_cannot_be_changed(load: Load) -> None:
-    from pydantic import ValidationError
-
     config = load("{}")
     with pytest.raises(ValidationError):
-        config.server.max_body_bytes = 5  # type: ignore[misc]
+        config.server.max_body_bytes = 5
+
+
+def test_the_documented_configuration_can_be_loaded(load: Load, tmp_path: Path) -> None:
+    page = Path(__file__).parents[2] / "docs" / "configuration.md"
+    (text,) = re.findall(r"```yaml\n(.*?)```", page.read_text(), re.DOTALL)
+    for name in re.findall(r"module: (\S+\.wasm)", text):
+        (tmp_path / name).write_bytes(b"")
+    config = load(text)
+    assert [len(modules) for _, modules in config.sections()] == [1, 1, 1]

@@ -49,7 +49,8 @@ def test_keeps_the_names_in_a_secret() -> None:
 
 
 def test_masks_a_secret_whose_fields_have_other_types() -> None:
-    for odd in (None, [], "text", 5, {"a": {"b": 1}}):
+    odds: list[Any] = [None, [], "text", 5, {"a": {"b": 1}}]
+    for odd in odds:
         body = {"kind": "Secret", "data": odd, "stringData": odd, "metadata": odd}
         shown = mask_of_objects([json.dumps(body).encode()]).value(body)
         assert shown["data"] == ({"a": MASKED} if isinstance(odd, dict) else MASKED)

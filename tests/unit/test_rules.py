@@ -23,7 +23,11 @@ def rule(
 
 
 def target(
-    resource: str = "pods", operation: str = "CREATE", group: str = "", version: str = "v1", namespace: str = "default"
+    resource: str = "pods",
+    operation: str = "CREATE",
+    group: str = "",
+    version: str = "v1",
+    namespace: str = "default",
 ) -> Target:
     name, subresource = split_resource(resource)
     return Target(
@@ -63,7 +67,12 @@ def test_matches_resources_and_subresources(patterns: str, resource: str, expect
 
 @pytest.mark.parametrize(
     ("operations", "operation", "expected"),
-    [("CREATE", "CREATE", True), ("CREATE UPDATE", "DELETE", False), ("*", "CONNECT", True), ("CONNECT", "CONNECT", True)],
+    [
+        ("CREATE", "CREATE", True),
+        ("CREATE UPDATE", "DELETE", False),
+        ("*", "CONNECT", True),
+        ("CONNECT", "CONNECT", True),
+    ],
 )
 def test_matches_operations(operations: str, operation: str, expected: bool) -> None:
     assert rule(operations=operations).matches(target(operation=operation)) is expected
@@ -80,7 +89,9 @@ def test_matches_operations(operations: str, operation: str, expected: bool) -> 
         ("*", "*", "example.com", "v1alpha1", True),
     ],
 )
-def test_matches_groups_and_versions(groups: str, versions: str, group: str, version: str, expected: bool) -> None:
+def test_matches_groups_and_versions(
+    groups: str, versions: str, group: str, version: str, expected: bool
+) -> None:
     assert rule(groups=groups, versions=versions).matches(target(group=group, version=version)) is expected
 
 
@@ -115,11 +126,18 @@ def test_one_matching_rule_is_enough() -> None:
 
 _WORDS = st.sampled_from(["*", "a", "b"])
 _LISTS = st.lists(_WORDS, min_size=1, max_size=3)
-_RESOURCES = st.sampled_from(["*", "pods", "namespaces", "*/*", "pods/*", "*/scale", "pods/scale", "namespaces/scale"])
+_RESOURCES = st.sampled_from(
+    ["*", "pods", "namespaces", "*/*", "pods/*", "*/scale", "pods/scale", "namespaces/scale"]
+)
 
 
 def reference(  # the words of the Kubernetes documentation, one after the other
-    operations: list[str], groups: list[str], versions: list[str], resources: list[str], scope: str, asked: Target
+    operations: list[str],
+    groups: list[str],
+    versions: list[str],
+    resources: list[str],
+    scope: str,
+    asked: Target,
 ) -> bool:
     def one_of(listed: list[str], value: str) -> bool:
         return any(each in ("*", value) for each in listed)
@@ -159,7 +177,12 @@ def reference(  # the words of the Kubernetes documentation, one after the other
     ),
 )
 def test_agrees_with_the_documentation_over_all_rules(
-    operations: list[str], groups: list[str], versions: list[str], resources: list[str], scope: str, asked: Target
+    operations: list[str],
+    groups: list[str],
+    versions: list[str],
+    resources: list[str],
+    scope: str,
+    asked: Target,
 ) -> None:
     built = Rule(
         operations=frozenset(operations),

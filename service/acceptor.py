@@ -1,0 +1,99 @@
+"""Accepting connections under a flood: a bounded number of them, of which a bounded number shakes hands.
+
+A TLS handshake costs a millisecond of CPU. An event loop that begins thousands at once finishes all of
+them late, each client gives up, and nobody is served. Here a few proceed, the others wait, and what
+is too much is refused at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+import ssl
+import struct
+from collections.abc import Callable
+
+import structlog
+
+_log = structlog.get_logger()
+
+_HANDSHAKE_SECONDS = 3.0
+# Enough that stalled ones, which hold a place for their three seconds, leave room for others.
+_MOST_HANDSHAKES = 256
+# Of a worker. kube-apiserver needs a few, which it keeps.
+_MOST_CONNECTIONS = 4096
+_OUT_OF_RESOURCES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+_BACK_OFF_SECONDS = 0.1
+_RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER: no goodbye, nothing left in the kernel
+
+
+class Acceptor:
+    """Takes connections from a listening socket and hands them over once TLS is agreed on."""
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        tls: ssl.SSLContext,
+        factory: Callable[[], asyncio.Protocol],
+        count_open: Callable[[], int],
+    ) -> None:
+        """`factory` makes what serves a connection, `count_open` tells how many it serves now."""
+        self._listener = listener
+        self._tls = tls
+        self._factory = factory
+        self._count_open = count_open
+        self._handshakes = asyncio.Semaphore(_MOST_HANDSHAKES)
+        self._beginning: set[asyncio.Task[None]] = set()
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begins to accept."""
+        self._listener.setblocking(False)
+        self._task = asyncio.create_task(self._accept())
+
+    async def stop(self) -> None:
+        """Accepts nothing more; connections that were handed over stay."""
+        tasks = [task for task in (self._task, *self._beginning) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._listener.close()
+
+    async def _accept(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                connection, _ = await loop.sock_accept(self._listener)
+            except OSError as error:
+                if error.errno in _OUT_OF_RESOURCES:
+                    _log.error("cannot_accept", error=error.strerror)
+                    await asyncio.sleep(_BACK_OFF_SECONDS)
+                continue  # otherwise the client was gone before we looked
+            if len(self._beginning) + self._count_open() >= _MOST_CONNECTIONS:
+                _reset(connection)
+                continue
+            task = asyncio.create_task(self._begin(connection))
+            self._beginning.add(task)
+            task.add_done_callback(self._beginning.discard)
+
+    async def _begin(self, connection: socket.socket) -> None:
+        """Shakes hands, when it is its turn."""
+        loop = asyncio.get_running_loop()
+        try:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            async with self._handshakes:
+                await loop.connect_accepted_socket(
+                    self._factory, connection, ssl=self._tls, ssl_handshake_timeout=_HANDSHAKE_SECONDS
+                )
+        except OSError as error:  # ssl.SSLError and TimeoutError are such
+            connection.close()
+            _log.debug("handshake_failed", error=type(error).__name__)
+        except asyncio.CancelledError:
+            connection.close()
+            raise
+
+
+def _reset(connection: socket.socket) -> None:
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+    connection.close()
