@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -81,21 +82,31 @@ def build_spawner() -> Path:
     return program
 
 
-def generate_protobuf(out: Path = _ROOT / "src") -> None:
-    """Generates Python code and type stubs for proto/bulkhead/v1 below `out`."""
+def generate_protobuf() -> None:
+    """Generates Python code and type stubs for proto/bulkhead/v1 into src/bulkhead/v1.
+
+    Made elsewhere and moved file by file: a service that runs from this tree never finds it half made.
+    """
     from grpc_tools import protoc
 
-    package = out / "bulkhead" / "v1"
-    shutil.rmtree(package, ignore_errors=True)
-    package.mkdir(parents=True)
+    package = _ROOT / "src" / "bulkhead" / "v1"
+    package.mkdir(exist_ok=True)
     # The plugin of mypy-protobuf is found beside the Python that builds.
     os.environ["PATH"] = sysconfig.get_path("scripts") + os.pathsep + os.environ.get("PATH", os.defpath)
     includes = [f"-I{_ROOT / 'proto'}", f"-I{Path(protoc.__file__).parent / '_proto'}"]
-    outputs = [f"--{kind}_out={out}" for kind in ("python", "grpc_python", "mypy", "mypy_grpc")]
     files = [str(path) for path in sorted((_ROOT / "proto").rglob("*.proto"))]
-    if protoc.main(["protoc", *includes, *outputs, *files]) != 0:
-        raise SystemExit("generating the protobuf code failed")
-    (package / "__init__.py").write_text(_PROTO_PACKAGE)
+    with tempfile.TemporaryDirectory(dir=package.parent, prefix=".generating-") as out:
+        outputs = [f"--{kind}_out={out}" for kind in ("python", "grpc_python", "mypy", "mypy_grpc")]
+        if protoc.main(["protoc", *includes, *outputs, *files]) != 0:
+            raise SystemExit("generating the protobuf code failed")
+        made = Path(out) / "bulkhead" / "v1"
+        (made / "__init__.py").write_text(_PROTO_PACKAGE)
+        fresh = {path.name for path in made.iterdir()}
+        for path in made.iterdir():
+            path.replace(package / path.name)
+    for stale in package.glob("*.py*"):
+        if stale.name not in fresh:
+            stale.unlink()
 
 
 def _prepare() -> None:

@@ -33,7 +33,8 @@ def test_forgets_a_damaged_artifact(tmp_path: Path, damage: str) -> None:
     (path,) = (tmp_path / "cache").iterdir()
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1 if damage == "flipped" else 0
-    shapes = {"flipped": bytes(data), "truncated": data[:-1], "empty": b"", "longer": data + b"x"}
+    whole = bytes(data)
+    shapes = {"flipped": whole, "truncated": whole[:-1], "empty": b"", "longer": whole + b"x"}
     path.write_bytes(shapes[damage])
     assert cache.load(KEY) is None
     assert not path.exists()
