@@ -8,6 +8,7 @@ a compiler in a wheel. BULKHEAD_CC overrides the choice: a command such as `clan
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import shlex
@@ -54,12 +55,8 @@ def _compiler() -> list[str]:
     for name in () if chosen else ("cc", "gcc", "clang"):
         if path := shutil.which(name):
             return [path]
-    try:
-        import ziglang  # type: ignore[import-not-found]  # noqa: F401
-    except ImportError:
-        raise SystemExit(
-            f"no C compiler: install one (Debian: gcc libc6-dev) or `pip install {_ZIG}`"
-        ) from None
+    if importlib.util.find_spec("ziglang") is None:
+        raise SystemExit(f"no C compiler: install one (Debian: gcc libc6-dev) or `pip install {_ZIG}`")
     return [sys.executable, "-m", "ziglang", "cc", "-target", _ZIG_TARGET]
 
 

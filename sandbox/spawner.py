@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import fcntl
 import os
 import signal
 import socket
@@ -37,8 +39,18 @@ _MOST_REPLY_BYTES = 256
 _CONTROL_FD = 3
 
 _START_SECONDS = 10.0  # to its first word; only a machine in deep trouble needs so long
-# A spawner that has not reported a run this long after the run's wall time is stopped or stuck.
+# A spawner that has not reported a run this long after the run's wall time may be stopped or stuck.
+# It then gets the second time: perhaps it was we who were stopped, or both of us.
 _ANSWER_SLACK_SECONDS = 2.0
+_SECOND_CHANCE_SECONDS = 1.0
+# What sending fails with when the other end is gone; all else is the fault of that one message.
+_GONE = frozenset({errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN})
+# No room in the socket, or too many descriptors on their way: there will be.
+_LATER = frozenset({errno.EAGAIN, errno.ETOOMANYREFS, errno.ENOBUFS, errno.ENOMEM})
+_LATER_SECONDS = 0.005
+_MOST_MESSAGE_BYTES = 65536
+_MOST_STRINGS = 512
+_MOST_FILES = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,8 +79,22 @@ class ProcessEnd:
     usage: Usage
 
 
+_NEVER_RUN = ProcessEnd(
+    wait_status=int(signal.SIGKILL),
+    reason=EndReason.KILLED,
+    stderr_truncated=False,
+    usage=Usage(wall_seconds=0.0, cpu_seconds=0.0, peak_memory_bytes=0),
+)
+"""Of a run that was killed while its request waited to be sent."""
+
+
 class StartFailed(SandboxError):
     """There never was a process."""
+
+    def __init__(self, message: str, error_number: int) -> None:
+        super().__init__(message)
+        self.error_number = error_number
+        """Of the system call that failed."""
 
 
 @dataclass(slots=True)
@@ -88,7 +114,8 @@ class Spawner:
         self._control = control
         self._loop = loop
         self._pending: dict[int, _Pending] = {}
-        self._outbox: deque[tuple[bytes, Sequence[int]]] = deque()
+        self._outbox: deque[tuple[int, bytes, Sequence[int]]] = deque()
+        self._writer: asyncio.TimerHandle | bool = False
         self._last_id = 0
         self._hello: asyncio.Future[None] = loop.create_future()
         self._dead = False
@@ -130,20 +157,20 @@ class Spawner:
     ) -> tuple[asyncio.Future[ProcessEnd], Callable[[], None]]:
         """Starts a process; returns its end to come, and a function that kills it.
 
-        `files` become its descriptors 0, 1, 2 and so on, and must stay open until it ended. The
-        future gets a StartFailed, or another SandboxError if the spawner dies.
+        `files` become its descriptors 0, 1, 2 and so on, and must stay open until it ended or was
+        killed. The future gets a StartFailed, or another SandboxError if the spawner dies.
         """
         if self._dead:
             raise SandboxError("the spawner is gone")
         self._last_id += 1
         run_id = self._last_id
+        message = _encode_run(run_id, argv, environment, files, bounds)
         pending = _Pending(self._loop.create_future())
         self._pending[run_id] = pending
-        self._send(_encode_run(run_id, argv, environment, bounds), files)
-        if not self._dead:
-            pending.backstop = self._loop.call_later(
-                bounds.wall_seconds + _ANSWER_SLACK_SECONDS, self._die, "it does not answer"
-            )
+        pending.backstop = self._loop.call_later(
+            bounds.wall_seconds + _ANSWER_SLACK_SECONDS, self._on_late, run_id
+        )
+        self._send(run_id, message, files)
         return pending.ended, lambda: self._kill(run_id)
 
     async def close(self) -> None:
@@ -151,28 +178,78 @@ class Spawner:
         self._die("the sandbox was closed")
 
     def _kill(self, run_id: int) -> None:
-        if run_id in self._pending and not self._dead:
-            self._send(_HEADER.pack(_MAGIC, _VERSION, _KILL_TYPE, run_id), ())
+        if run_id not in self._pending or self._dead:
+            return
+        for entry in self._outbox:
+            if entry[0] == run_id:  # not even sent: its descriptors may be closed when this returns
+                self._outbox.remove(entry)
+                self._settle(run_id, _NEVER_RUN)
+                return
+        self._send(0, _HEADER.pack(_MAGIC, _VERSION, _KILL_TYPE, run_id), ())
 
-    def _send(self, message: bytes, files: Sequence[int]) -> None:
-        self._outbox.append((message, files))
+    def _send(self, run_id: int, message: bytes, files: Sequence[int]) -> None:
+        self._outbox.append((run_id, message, files))
         if len(self._outbox) == 1:
             self._flush()
 
     def _flush(self) -> None:
         """Sends what the socket takes, in order; the rest when it takes more."""
         while self._outbox:
-            message, files = self._outbox[0]
+            run_id, message, files = self._outbox[0]
             try:
-                socket.send_fds(self._control, [message], list(files))
-            except BlockingIOError:
-                self._loop.add_writer(self._control.fileno(), self._flush)
-                return
+                socket.send_fds(self._control, [message], files)
             except OSError as error:
-                self._die(f"sending to it failed: {error.strerror}")
-                return
+                if error.errno in _LATER:
+                    self._flush_later(error.errno)
+                    return
+                if error.errno in _GONE:
+                    self._die(f"sending to it failed: {error.strerror}")
+                    return
+                self._settle(run_id, StartFailed(f"asking for it failed: {error.strerror}", error.errno or 0))
             self._outbox.popleft()
-        self._loop.remove_writer(self._control.fileno())
+        self._stop_flushing()
+
+    def _flush_later(self, error_number: int) -> None:
+        self._stop_flushing()
+        if error_number == errno.EAGAIN:
+            self._writer = True
+            self._loop.add_writer(self._control.fileno(), self._flush)
+        else:  # the socket would be writable all the time
+            self._writer = self._loop.call_later(_LATER_SECONDS, self._flush)
+
+    def _stop_flushing(self) -> None:
+        if self._writer is True:
+            self._loop.remove_writer(self._control.fileno())
+        elif self._writer:
+            self._writer.cancel()
+        self._writer = False
+
+    def _on_late(self, run_id: int, *, again: bool = False) -> None:
+        """A run is overdue. Before the spawner is given up: perhaps its answer lies here, unread."""
+        self._on_readable()
+        pending = self._pending.get(run_id)
+        if pending is None:
+            return
+        if again:
+            self._die("it does not answer")
+        else:
+            pending.backstop = self._loop.call_later(
+                _SECOND_CHANCE_SECONDS, lambda: self._on_late(run_id, again=True)
+            )
+
+    def _settle(self, run_id: int, end: ProcessEnd | SandboxError) -> None:
+        """Tells the end of a run to who waits for it. For the id 0, or one that has ended: nothing."""
+        pending = self._pending.pop(run_id, None)
+        if pending is None:
+            return
+        if pending.backstop is not None:
+            pending.backstop.cancel()
+        if pending.ended.done():  # its caller is gone
+            return
+        if isinstance(end, ProcessEnd):
+            pending.ended.set_result(end)
+        else:
+            pending.ended.set_exception(end)
 
     def _on_readable(self) -> None:
         try:
@@ -194,23 +271,16 @@ class Spawner:
         elif kind == _HELLO_TYPE:
             if not self._hello.done():
                 self._hello.set_result(None)
-        elif (pending := self._pending.pop(run_id, None)) is not None:
-            if pending.backstop is not None:
-                pending.backstop.cancel()
-            if pending.ended.done():
-                return
-            if kind == _ENDED_TYPE:
-                pending.ended.set_result(_decode_end(message))
-            else:
-                pending.ended.set_exception(_decode_failure(message))
+        else:
+            self._settle(run_id, _decode_end(message) if kind == _ENDED_TYPE else _decode_failure(message))
 
     def _die(self, why: str) -> None:
         """Ends the process for good; every run that it had fails."""
         if self._dead:
             return
         self._dead = True
+        self._stop_flushing()
         self._loop.remove_reader(self._control.fileno())
-        self._loop.remove_writer(self._control.fileno())
         self._control.close()
         self._outbox.clear()
         with contextlib.suppress(ProcessLookupError):
@@ -220,12 +290,8 @@ class Spawner:
         error = SandboxError(f"the spawner is gone: {why}")
         if not self._hello.done():
             self._hello.set_exception(error)
-        for pending in self._pending.values():
-            if pending.backstop is not None:
-                pending.backstop.cancel()
-            if not pending.ended.done():
-                pending.ended.set_exception(error)
-        self._pending.clear()
+        for run_id in tuple(self._pending):
+            self._settle(run_id, error)
 
 
 class SpawnerKeeper:
@@ -249,26 +315,45 @@ class SpawnerKeeper:
 
     async def close(self) -> None:
         self._closed = True
-        if self._spawner is not None:
-            await self._spawner.close()
+        async with self._starting:  # one that is about to start is not to be forgotten
+            if self._spawner is not None:
+                await self._spawner.close()
 
 
 def _spawn(program: Path, control_fd: int) -> int:
     """posix_spawn, never fork: the service has threads. Raises OSError."""
+    # Above all that the actions below overwrite; and never 3 to 3, which keeps close-on-exec before
+    # glibc 2.29.
+    control_fd = fcntl.fcntl(control_fd, fcntl.F_DUPFD_CLOEXEC, _CONTROL_FD + 1)
     actions = [
         (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
         (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
         (os.POSIX_SPAWN_DUP2, control_fd, _CONTROL_FD),
     ]
-    # A session of its own: Ctrl-C at a terminal is for the service, which then drains.
-    return os.posix_spawn(str(program), [program.name], {}, file_actions=actions, setsid=True)
+    try:
+        # A session of its own: Ctrl-C at a terminal is for the service, which then drains.
+        return os.posix_spawn(str(program), [program.name], {}, file_actions=actions, setsid=True)
+    finally:
+        os.close(control_fd)
 
 
 def _nanoseconds(seconds: float) -> int:
     return max(1, int(seconds * 1e9))
 
 
-def _encode_run(run_id: int, argv: Sequence[str], environment: Sequence[str], bounds: Bounds) -> bytes:
+def _encode_run(
+    run_id: int, argv: Sequence[str], environment: Sequence[str], files: Sequence[int], bounds: Bounds
+) -> bytes:
+    """Raises StartFailed for what no process can be started with."""
+    try:
+        strings = [os.fsencode(text) for text in (*argv, *environment)]
+    except UnicodeEncodeError as error:
+        raise StartFailed(f"an argument cannot be encoded: {error.reason}", errno.EILSEQ) from None
+    if any(b"\0" in text for text in strings):
+        raise StartFailed("an argument holds a NUL character", errno.EINVAL)
+    size = _RUN.size + sum(len(text) + 1 for text in strings)
+    if size > _MOST_MESSAGE_BYTES or len(strings) > _MOST_STRINGS or len(files) > _MOST_FILES:
+        raise StartFailed("it has too many arguments or files", errno.E2BIG)
     fixed = _RUN.pack(
         _MAGIC,
         _VERSION,
@@ -285,7 +370,7 @@ def _encode_run(run_id: int, argv: Sequence[str], environment: Sequence[str], bo
         len(argv),
         len(environment),
     )
-    return fixed + b"".join(os.fsencode(text) + b"\0" for text in (*argv, *environment))
+    return b"".join((fixed, *(text + b"\0" for text in strings)))
 
 
 def _decode_end(message: bytes) -> ProcessEnd:
@@ -300,4 +385,4 @@ def _decode_end(message: bytes) -> ProcessEnd:
 
 def _decode_failure(message: bytes) -> StartFailed:
     *_, stage, error = _FAILED.unpack(message)
-    return StartFailed(f"{_STAGES.get(stage, f'stage {stage}')} failed: {os.strerror(error)}")
+    return StartFailed(f"{_STAGES.get(stage, f'stage {stage}')} failed: {os.strerror(error)}", error)
