@@ -43,13 +43,21 @@ class Compiler:
 
         Raises InvalidModule when the module is at fault, and SandboxError when we are.
         """
-        flags = (*self.runtime.flags, *(_METERED if metered else ()))
+        flags = self._flags(metered=metered)
         key = cache_key(digest, self.runtime.identity, flags)
         artifact = self.cache.load(key)
         if artifact is None:
             artifact = await self._compile(spawner, data, flags)
             self.cache.save(key, artifact)
         return CompiledModule.load(digest, artifact, metered=metered)
+
+    def forget(self, digest: str) -> None:
+        """Removes what the cache has of a module, as compiled by this runtime."""
+        for metered in (False, True):
+            self.cache.discard(cache_key(digest, self.runtime.identity, self._flags(metered=metered)))
+
+    def _flags(self, *, metered: bool) -> tuple[str, ...]:
+        return (*self.runtime.flags, *(_METERED if metered else ()))
 
     async def _compile(self, spawner: Spawner, data: bytes, flags: tuple[str, ...]) -> bytes:
         argv = [str(self.runtime.compiler), "compile", *flags, "-C", "parallel-compilation=n"]

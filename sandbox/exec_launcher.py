@@ -6,11 +6,11 @@ import asyncio
 import os
 from dataclasses import dataclass
 
-from bulkhead.sandbox.errors import SandboxError
+from bulkhead.sandbox.errors import Overloaded, SandboxError
 from bulkhead.sandbox.launch import Exit, Job, Run
 from bulkhead.sandbox.limits import Limits
 from bulkhead.sandbox.memfile import create_memfile, read_memfile, write_memfile
-from bulkhead.sandbox.spawner import Bounds, ProcessEnd, SpawnerKeeper
+from bulkhead.sandbox.spawner import SHORTAGES, Bounds, ProcessEnd, SpawnerKeeper
 from bulkhead.sandbox.wasmtime import Runtime
 
 _ARTIFACT_FD = 3
@@ -42,6 +42,8 @@ class _Files:
             write_memfile(files.stdin, stdin)
         except OSError as error:
             files.close()
+            if error.errno in SHORTAGES:
+                raise Overloaded("the host is short of descriptors or memory; try again later") from error
             raise SandboxError(f"cannot make the files of a run: {error.strerror}") from error
         return files
 
@@ -69,15 +71,23 @@ class ExecLauncher:
                 (files.stdin, files.stdout, files.stderr, job.module.artifact_fd),
                 _bounds(job),
             )
-        except SandboxError:
+        except BaseException:
             files.close()
             raise
         result: asyncio.Future[Exit] = asyncio.get_running_loop().create_future()
-        ended.add_done_callback(lambda end: _finish(end, result, files, job))
+        # The artifact is mapped and read as far as the guest needs its code: no more than all of it.
+        overhead_bytes = self.runtime.resident_bytes + job.module.size_bytes
+        ended.add_done_callback(lambda end: _finish(end, result, files, job, overhead_bytes))
         return Run(result, kill)
 
 
-def _finish(ended: asyncio.Future[ProcessEnd], result: asyncio.Future[Exit], files: _Files, job: Job) -> None:
+def _finish(
+    ended: asyncio.Future[ProcessEnd],
+    result: asyncio.Future[Exit],
+    files: _Files,
+    job: Job,
+    overhead_bytes: int,
+) -> None:
     """Collects what a process left. `job` is here to keep the artifact open until now."""
     try:
         if result.done():
@@ -87,14 +97,14 @@ def _finish(ended: asyncio.Future[ProcessEnd], result: asyncio.Future[Exit], fil
         if error is not None:
             result.set_exception(error)
         else:
-            result.set_result(_collect(ended.result(), files, job.limits))
+            result.set_result(_collect(ended.result(), files, job.limits, overhead_bytes))
     except OSError as error:
         result.set_exception(SandboxError(f"cannot read what a run wrote: {error.strerror}"))
     finally:
         files.close()
 
 
-def _collect(end: ProcessEnd, files: _Files, limits: Limits) -> Exit:
+def _collect(end: ProcessEnd, files: _Files, limits: Limits, overhead_bytes: int) -> Exit:
     exceeded = os.fstat(files.stdout).st_size > limits.stdout_bytes
     return Exit(
         wait_status=end.wait_status,
@@ -104,6 +114,7 @@ def _collect(end: ProcessEnd, files: _Files, limits: Limits) -> Exit:
         stderr=read_memfile(files.stderr, limits.stderr_bytes),
         stderr_truncated=end.stderr_truncated,
         usage=end.usage,
+        overhead_bytes=overhead_bytes,
     )
 
 

@@ -51,6 +51,8 @@ class Exit:
     """The guest's words and the runtime's, mixed."""
     stderr_truncated: bool
     usage: Usage
+    overhead_bytes: int
+    """How much of the peak memory is the runtime's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,4 +68,4 @@ class Launcher(Protocol):
     """Starts jobs. All of it runs on one event loop and never blocks that."""
 
     async def start(self, job: Job) -> Run:
-        """Raises SandboxError when no process can be started at all."""
+        """Raises SandboxError when no process can be started at all, Overloaded when just not now."""

@@ -47,9 +47,10 @@ class ProbeFailed(SandboxError):
 
 async def probe(
     spawner: Spawner, compiler: Path, runner: Path, flags: Sequence[str], limit_flags: LimitFlags
-) -> None:
+) -> int:
     """Compiles and runs: the answer is right, a trap is told as one, the memory limit bites.
 
+    Returns the peak memory of the runner with next to nothing in it, in bytes.
     Raises ProbeFailed with the first thing that is not so.
     """
     module, artifact = create_memfile("probe.wasm"), create_memfile("probe.cwasm")
@@ -59,13 +60,15 @@ async def probe(
         _expect(await execute_tool(spawner, compiling, files=(module, artifact)), "compiling", exit_code=0)
 
         async def run(entry_point: str, limits: Limits) -> ToolEnd:
-            running = [str(runner), "run", *flags, *limit_flags(limits, stdin_bytes=0), "--allow-precompiled"]
-            argv = [*running, "--invoke", entry_point, "/proc/self/fd/3"]
+            argv = [str(runner), "run", *flags, *limit_flags(limits, stdin_bytes=0), "--allow-precompiled"]
+            argv += ["--invoke", entry_point, "/proc/self/fd/3"]
             return await execute_tool(spawner, argv, stdin=_INPUT, files=(artifact,))
 
-        _expect(await run("echo", _LIMITS), "running", exit_code=0, stdout=_INPUT)
+        running = await run("echo", _LIMITS)
+        _expect(running, "running", exit_code=0, stdout=_INPUT)
         _expect(await run("trap", _LIMITS), "trapping", exit_code=TRAP_EXIT_CODE)
         _expect(await run("echo", _TOO_LITTLE_MEMORY), "limiting memory", exit_code=1)
+        return running.usage.peak_memory_bytes
     finally:
         os.close(module)
         os.close(artifact)

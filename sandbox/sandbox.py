@@ -19,15 +19,17 @@ from bulkhead.sandbox.errors import (
     InvalidModule,
     InvalidModuleReason,
     InvalidRequest,
+    Overloaded,
+    SandboxError,
 )
 from bulkhead.sandbox.exec_launcher import ExecLauncher
 from bulkhead.sandbox.files import make_private_directory
-from bulkhead.sandbox.launch import Exit, Job, Launcher, Run
+from bulkhead.sandbox.launch import Exit, Job, Launcher
 from bulkhead.sandbox.limits import Limits
 from bulkhead.sandbox.module import ModuleInfo, check_runnable, describe, digest_of
 from bulkhead.sandbox.outcome import Outcome, RunResult, Usage
 from bulkhead.sandbox.slots import Slots
-from bulkhead.sandbox.spawner import SpawnerKeeper, StartFailed
+from bulkhead.sandbox.spawner import SHORTAGES, SpawnerKeeper, StartFailed
 from bulkhead.sandbox.store import ModuleStore
 from bulkhead.sandbox.verdict import judge
 from bulkhead.sandbox.wasmtime import Runtime, find_runtime
@@ -105,9 +107,7 @@ class Sandbox:
         self._slots = Slots(options.max_concurrent_runs, options.max_queued_runs)
         self._loaded: OrderedDict[str, _Loaded] = OrderedDict()
         self._compiling = asyncio.Lock()
-        self._running: set[Run] = set()
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._closed = False
 
     @classmethod
     async def open(cls, options: SandboxOptions) -> Sandbox:
@@ -135,13 +135,14 @@ class Sandbox:
         await self.close()
 
     async def close(self, *, grace_seconds: float = 0.0) -> None:
-        """Waits for runs at most `grace_seconds`, then kills them."""
+        """Waits at most `grace_seconds` for runs, those in the queue included, then kills them."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(grace_seconds):
-                await self._idle.wait()
+                await self._slots.until_idle()
+        self._closed = True
         await self._spawners.close()
-        # Lets the callbacks of runs that just failed close their files.
-        await asyncio.sleep(0)
+        # All runs have failed by now; their callbacks close the files.
+        await self._slots.until_idle()
         self._loaded.clear()
 
     @property
@@ -164,9 +165,15 @@ class Sandbox:
             raise InvalidModule(
                 InvalidModuleReason.DIGEST_MISMATCH, f"the module has digest {digest}, not {expected_digest}"
             )
+        known = digest in self._loaded
         loaded = await self._load_bytes(digest, data)
         await self._compiled(loaded, metered=False, data=data)
-        _, created = await asyncio.to_thread(self.store.put_bytes, data)
+        try:
+            _, created = await asyncio.to_thread(self.store.put_bytes, data)
+        except BaseException:
+            if not known:
+                self._forget(digest)
+            raise
         return loaded.info, created
 
     async def load(self, data: bytes) -> ModuleInfo:
@@ -174,7 +181,7 @@ class Sandbox:
         digest = await asyncio.to_thread(digest_of, data)
         loaded = await self._load_bytes(digest, data)
         await self._compiled(loaded, metered=False, data=data)
-        loaded.pinned, loaded.data = True, data
+        self._pin(loaded).data = data
         return loaded.info
 
     def inspect(self, digest: str) -> ModuleInfo:
@@ -190,13 +197,18 @@ class Sandbox:
         """
         loaded = await self._load(digest)
         loaded.info.require_entry_point(entry_point)
-        loaded.pinned = True
         await self._compiled(loaded, metered=metered)
+        self._pin(loaded)
 
     def delete(self, digest: str) -> None:
-        """Removes a module from the store. Runs of it end as they would. Raises UnknownModule."""
+        """Removes a module from the store, and its compiled code. Raises UnknownModule.
+
+        Runs of it end as they would. What was loaded for good, by `load` or `prepare`, stays so.
+        """
         self.store.delete(digest)
-        self._loaded.pop(digest, None)
+        self._forget(digest)
+        if digest not in self._loaded:
+            self._compiler.forget(digest)
 
     # Runs
 
@@ -217,10 +229,12 @@ class Sandbox:
         InvalidRequest, Overloaded, DeadlinePassed (nothing was started), SandboxError.
         Cancelling kills the run.
         """
+        if self._closed:
+            raise SandboxError("the sandbox is closed")
         chosen = limits if limits is not None else self.options.limits
         loaded = await self._load(digest)
         self._check(loaded.info, entry_point, stdin, arguments, chosen)
-        compiled = await self._compiled(loaded, metered=chosen.fuel is not None)
+        compiled = await self._compiled_by(deadline, loaded, metered=chosen.fuel is not None)
         await self._slots.acquire(deadline)
         wall_seconds = _wall_seconds(chosen, deadline)
         if wall_seconds <= 0:
@@ -243,9 +257,7 @@ class Sandbox:
         except BaseException:
             self._slots.release()
             raise
-        self._running.add(run)
-        self._idle.clear()
-        run.ended.add_done_callback(lambda ended: self._on_end(run, ended))
+        run.ended.add_done_callback(self._on_end)
         try:
             # Shielded: the slot is free when the process is reaped, whatever happens to us.
             return judge(job, await asyncio.shield(run.ended))
@@ -253,13 +265,14 @@ class Sandbox:
             run.kill()
             raise
         except StartFailed as error:
+            if error.error_number in SHORTAGES:
+                raise Overloaded(
+                    "the host is short of descriptors, processes or memory; try later"
+                ) from error
             return _not_started(error)
 
-    def _on_end(self, run: Run, ended: asyncio.Future[Exit]) -> None:
+    def _on_end(self, ended: asyncio.Future[Exit]) -> None:
         self._slots.release()
-        self._running.discard(run)
-        if not self._running:
-            self._idle.set()
         if not ended.cancelled():
             ended.exception()  # seen, even if the caller is gone
 
@@ -275,9 +288,12 @@ class Sandbox:
             )
         if arguments and entry_point != "_start":
             raise InvalidRequest(f"the entry point {entry_point!r} takes no arguments; only _start does")
-        if any("\0" in text for text in arguments):
-            raise InvalidRequest("an argument holds a NUL character")
-        size = sum(len(text.encode(errors="surrogateescape")) for text in arguments)
+        if any("\0" in text for text in (entry_point, *arguments)):
+            raise InvalidRequest("the entry point or an argument holds a NUL character")
+        try:
+            size = sum(len(os.fsencode(text)) for text in arguments)
+        except UnicodeEncodeError:
+            raise InvalidRequest("an argument is not valid Unicode") from None
         if len(arguments) > _MOST_ARGUMENTS or size > _MOST_ARGUMENT_BYTES:
             raise InvalidRequest(
                 f"at most {_MOST_ARGUMENTS} arguments of {_MOST_ARGUMENT_BYTES} bytes in all"
@@ -299,27 +315,51 @@ class Sandbox:
 
     def _keep(self, loaded: _Loaded) -> None:
         """Remembers a module that was compiled, and forgets others that are rarely run."""
-        self._loaded.setdefault(loaded.info.digest, loaded)
+        self._loaded[loaded.info.digest] = loaded
         unpinned = [digest for digest, loaded in self._loaded.items() if not loaded.pinned]
         for digest in unpinned[: max(0, len(unpinned) - _MOST_LOADED)]:
             del self._loaded[digest]
+
+    def _pin(self, loaded: _Loaded) -> _Loaded:
+        """Keeps a compiled module for good. Returns the one that is kept: another may have come first."""
+        kept = self._loaded.setdefault(loaded.info.digest, loaded)
+        kept.compiled = loaded.compiled | kept.compiled
+        kept.pinned = True
+        return kept
+
+    def _forget(self, digest: str) -> None:
+        """Unloads a module that is not loaded for good."""
+        loaded = self._loaded.get(digest)
+        if loaded is not None and not loaded.pinned:
+            del self._loaded[digest]
+
+    async def _compiled_by(self, deadline: float | None, loaded: _Loaded, *, metered: bool) -> CompiledModule:
+        """Like `_compiled`. Raises DeadlinePassed when it is not done in time."""
+        if deadline is None or metered in loaded.compiled:
+            return await self._compiled(loaded, metered=metered)
+        try:
+            async with asyncio.timeout(deadline - time.monotonic()):
+                return await self._compiled(loaded, metered=metered)
+        except TimeoutError:
+            raise DeadlinePassed("the deadline passed while the module was being compiled") from None
 
     async def _compiled(self, loaded: _Loaded, *, metered: bool, data: bytes | None = None) -> CompiledModule:
         if (known := loaded.compiled.get(metered)) is not None:
             return known
         # One at a time: a compilation may use all the memory that it is allowed.
         async with self._compiling:
-            if (known := loaded.compiled.get(metered)) is not None:
-                return known
             digest = loaded.info.digest
-            source = data or loaded.data
-            if source is None:
-                source = await asyncio.to_thread(self.store.read, digest)
-            spawner = await self._spawners.living()
-            compiled = await self._compiler.compile(spawner, digest, source, metered=metered)
-            loaded.compiled[metered] = compiled
-            self._keep(loaded)
-            return compiled
+            kept = self._loaded.get(digest, loaded)  # another task may have loaded it, too
+            if (known := kept.compiled.get(metered)) is None:
+                source = data or loaded.data or kept.data
+                if source is None:
+                    source = await asyncio.to_thread(self.store.read, digest)
+                spawner = await self._spawners.living()
+                known = await self._compiler.compile(spawner, digest, source, metered=metered)
+                kept.compiled[metered] = known
+                self._keep(kept)
+            loaded.compiled[metered] = known
+            return known
 
 
 def _wall_seconds(limits: Limits, deadline: float | None) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import deque
 
@@ -21,6 +22,8 @@ class Slots:
         self._most_active = most_active
         self._most_waiting = most_waiting
         self._waiting: deque[asyncio.Future[None]] = deque()
+        self._idle = asyncio.Event()
+        self._idle.set()
 
     @property
     def active(self) -> int:
@@ -39,6 +42,7 @@ class Slots:
             raise DeadlinePassed("the deadline had passed before the run could start")
         if self._free > 0 and not self._waiting:
             self._free -= 1
+            self._idle.clear()
             return
         if len(self._waiting) >= self._most_waiting:
             raise Overloaded(
@@ -56,7 +60,8 @@ class Slots:
             if turn.done() and not turn.cancelled():
                 self.release()  # the turn came in the very moment: pass it on
             else:
-                self._waiting.remove(turn)
+                with contextlib.suppress(ValueError):  # passed over by a release in between
+                    self._waiting.remove(turn)
             if isinstance(error, TimeoutError):
                 raise DeadlinePassed("the deadline passed while the run waited for its turn") from None
             raise
@@ -69,3 +74,9 @@ class Slots:
                 turn.set_result(None)
                 return
         self._free += 1
+        if self._free == self._most_active:
+            self._idle.set()
+
+    async def until_idle(self) -> None:
+        """Returns when no slot is taken and nobody waits for one."""
+        await self._idle.wait()

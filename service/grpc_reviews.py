@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import time
 
-from bulkhead.service.review import Reviewer, Stage
-
 from bulkhead.service.errors import BadReview
 from bulkhead.service.grpc_faults import Context, unary
+from bulkhead.service.review import Reviewer, Stage
 from bulkhead.v1 import reviews_pb2, reviews_pb2_grpc
 
 _STAGES = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import grpc
-from bulkhead.service.review import Reviewer
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -13,6 +12,7 @@ from bulkhead.service.grpc_modules import ModuleServicer
 from bulkhead.service.grpc_reviews import ReviewServicer
 from bulkhead.service.grpc_sandbox import SandboxServicer
 from bulkhead.service.names import ModuleNames
+from bulkhead.service.review import Reviewer
 from bulkhead.v1 import (
     modules_pb2,
     modules_pb2_grpc,
