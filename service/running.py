@@ -178,6 +178,8 @@ def _print(result: RunResult) -> None:
     if result.stderr_truncated:
         click.echo("bulkhead: more was written to standard error than is kept (--stderr)", err=True)
     sys.stderr.buffer.flush()
+    if result.diagnostics:  # for whoever debugs the module; clients of the service never see it
+        click.echo(result.diagnostics.rstrip(), err=True)
     usage = result.usage
     peak = format_quantity(usage.peak_memory_bytes // 1024 * 1024)
     click.echo(
@@ -185,5 +187,3 @@ def _print(result: RunResult) -> None:
         f"cpu {usage.cpu_seconds * 1e3:.1f}ms  peak {peak}",
         err=True,
     )
-    if result.diagnostics:
-        click.echo(result.diagnostics.rstrip(), err=True)
