@@ -196,10 +196,12 @@ class Admission:
 
     modules: tuple[AdmissionModule, ...]
 
-    async def answer(self, sandbox: Sandbox, body: bytes, *, stage: Stage, deadline: float | None) -> bytes:
+    async def answer(
+        self, sandbox: Sandbox, body: bytes, *, stage: Stage, only: str | None, deadline: float | None
+    ) -> bytes:
         """Answers an AdmissionReview. Raises BadReview, ModuleFailed."""
         question = await run_sized(len(body), read_question, body)
-        modules = self.matching(question.target, stage)
+        modules = self.matching(question.target, stage, only)
         if stage is Stage.MUTATING:
             asked, final = await _ask_in_order(sandbox, modules, question, deadline)
         else:
@@ -218,13 +220,19 @@ class Admission:
         _log_decision(question, stage, asked, verdict, patch_bytes=len(changes))
         return write_reply(question.api_version, question.uid, verdict, changes)
 
-    def matching(self, target: Target, stage: Stage) -> list[AdmissionModule]:
-        """The modules to ask about such a request."""
+    def names(self, stage: Stage) -> tuple[str, ...]:
+        """The modules that are asked at this stage."""
+        return tuple(each.module.name for each in self.modules if each.mutating is (stage is Stage.MUTATING))
+
+    def matching(self, target: Target, stage: Stage, only: str | None = None) -> list[AdmissionModule]:
+        """The modules to ask about such a request; `only` the one of that name, if it matches."""
         mutating = stage is Stage.MUTATING
         return [
             module
             for module in self.modules
-            if module.mutating is mutating and rules.any_matches(module.rules, target)
+            if module.mutating is mutating
+            and only in (None, module.module.name)
+            and rules.any_matches(module.rules, target)
         ]
 
 

@@ -47,5 +47,7 @@ class ReviewServicer(reviews_pb2_grpc.ReviewServiceServicer):
         if stage is None:
             names = " or ".join(reviews_pb2.AdmissionStage.Name(number) for number in _STAGES)
             raise BadReview(f"stage: expected {names}")
-        review = await self._reviewer.admit(request.review, stage=stage, deadline=deadline_of(context))
+        review = await self._reviewer.admit(
+            request.review, stage=stage, module=request.module or None, deadline=deadline_of(context)
+        )
         return reviews_pb2.AdmitResponse(review=review)

@@ -29,6 +29,8 @@ _BODY_SECONDS = 10.0
 _LINGER_SECONDS = 1.0
 _HEADER_BYTES = 16 << 10
 _JSON = "application/json"
+_STAGES = {"validate": Stage.VALIDATING, "mutate": Stage.MUTATING}
+_PATHS = ("/authn", "/authz", "/validate", "/validate/NAME", "/mutate", "/mutate/NAME")
 
 Answer = Callable[[bytes, float | None], Awaitable[bytes]]
 
@@ -38,7 +40,9 @@ class Reviews(Protocol):
 
     async def authenticate(self, body: bytes, *, deadline: float | None) -> bytes: ...
     async def authorize(self, body: bytes, *, deadline: float | None) -> bytes: ...
-    async def admit(self, body: bytes, *, stage: Stage, deadline: float | None) -> bytes: ...
+    async def admit(
+        self, body: bytes, *, stage: Stage, module: str | None, deadline: float | None
+    ) -> bytes: ...
 
 
 class _Refused(Exception):
@@ -54,14 +58,7 @@ class HttpsServer:
     """Serves reviews on one listening socket. Owned by one event loop."""
 
     def __init__(self, reviews: Reviews, *, max_body_bytes: int, max_in_flight: int) -> None:
-        self._answers: dict[str, Answer] = {
-            "/authn": lambda body, deadline: reviews.authenticate(body, deadline=deadline),
-            "/authz": lambda body, deadline: reviews.authorize(body, deadline=deadline),
-            "/validate": lambda body, deadline: reviews.admit(
-                body, stage=Stage.VALIDATING, deadline=deadline
-            ),
-            "/mutate": lambda body, deadline: reviews.admit(body, stage=Stage.MUTATING, deadline=deadline),
-        }
+        self._reviews = reviews
         self._max_body_bytes = max_body_bytes
         self._max_in_flight = max_in_flight
         self._in_flight = 0
@@ -136,9 +133,9 @@ class HttpsServer:
 
     def _check_head(self, request: web.BaseRequest, start: float) -> tuple[Answer, float | None]:
         """All that can be refused before the body is read."""
-        answer = self._answers.get(request.path)
+        answer = self._answer_for(request.path)
         if answer is None:
-            raise _Refused(HTTPStatus.NOT_FOUND, f"no such path; expected one of {', '.join(self._answers)}")
+            raise _Refused(HTTPStatus.NOT_FOUND, f"no such path; expected one of {', '.join(_PATHS)}")
         if request.method != hdrs.METH_POST:
             raise _Refused(
                 HTTPStatus.METHOD_NOT_ALLOWED, "expected method POST", {hdrs.ALLOW: hdrs.METH_POST}
@@ -150,6 +147,20 @@ class HttpsServer:
         if (request.content_length or 0) > self._max_body_bytes:
             raise self._too_large()
         return answer, _deadline(request, start)
+
+    def _answer_for(self, path: str) -> Answer | None:
+        """What answers at a path: /validate asks all modules whose rules match, /validate/NAME one."""
+        reviews = self._reviews
+        if path == "/authn":
+            return lambda body, deadline: reviews.authenticate(body, deadline=deadline)
+        if path == "/authz":
+            return lambda body, deadline: reviews.authorize(body, deadline=deadline)
+        base, _, module = path[1:].partition("/")
+        if (stage := _STAGES.get(base)) is None or path.endswith("/"):
+            return None
+        return lambda body, deadline: reviews.admit(
+            body, stage=stage, module=module or None, deadline=deadline
+        )
 
     def _too_large(self) -> _Refused:
         return _Refused(

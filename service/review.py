@@ -101,12 +101,19 @@ class Reviewer:
         """
         return await self.authorization.answer(self.sandbox, body, deadline=_answer_by(deadline))
 
-    async def admit(self, body: bytes, *, stage: Stage, deadline: float | None = None) -> bytes:
+    async def admit(
+        self, body: bytes, *, stage: Stage, module: str | None = None, deadline: float | None = None
+    ) -> bytes:
         """Answers an AdmissionReview, as JSON, in the version that was sent.
 
-        `deadline` is on time.monotonic(). Raises BadReview, ModuleFailed, DeadlinePassed (nothing was run).
+        `module`: ask no other than the one of this name. `deadline` is on time.monotonic(). Raises
+        UnknownModule, BadReview, ModuleFailed, DeadlinePassed (nothing was run).
         """
-        return await self.admission.answer(self.sandbox, body, stage=stage, deadline=_answer_by(deadline))
+        if module is not None and module not in self.admission.names(stage):
+            raise UnknownModule(f"no {stage} module of that name is configured")
+        return await self.admission.answer(
+            self.sandbox, body, stage=stage, only=module, deadline=_answer_by(deadline)
+        )
 
 
 def _answer_by(deadline: float | None) -> float | None:

@@ -126,6 +126,15 @@ def test_tells_what_was_expected_of_a_bad_review(reviews: reviews_pb2_grpc.Revie
         assert "expected" in message.lower()
 
 
+def test_asks_one_module_only_when_it_is_named(reviews: reviews_pb2_grpc.ReviewServiceStub) -> None:
+    body = json.dumps(recorded("admission-mutate-create-configmaps")["body"]).encode()
+    stage = reviews_pb2.ADMISSION_STAGE_MUTATING
+    named = reviews_pb2.AdmitRequest(review=body, stage=stage, module="magic-mutate")
+    assert "patch" in json.loads(reviews.Admit(named).review)["response"]
+    unknown = reviews_pb2.AdmitRequest(review=body, stage=stage, module="magic-validate")
+    assert refusal(partial(reviews.Admit, unknown))[:2] == (grpc.StatusCode.NOT_FOUND, "UNKNOWN_MODULE")
+
+
 def test_refuses_an_admission_without_a_stage(reviews: reviews_pb2_grpc.ReviewServiceStub) -> None:
     body = json.dumps(recorded("admission-validate-create-pods")["body"]).encode()
     code, _, message = refusal(lambda: reviews.Admit(reviews_pb2.AdmitRequest(review=body)))

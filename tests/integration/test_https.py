@@ -114,6 +114,32 @@ def test_sends_no_patch_for_other_objects(demo: Served) -> None:
     assert response == {"uid": body["request"]["uid"], "allowed": True}
 
 
+def test_asks_one_module_only_at_its_own_path(demo: Served) -> None:
+    body = recorded("admission-validate-create-configmaps")["body"]
+    body["request"]["object"]["data"]["not-allowed-value"] = "x"
+    assert demo.review("/validate/magic-validate", body)["response"]["allowed"] is False
+    unchanged = recorded("admission-mutate-create-configmaps")["body"]
+    assert "patch" in demo.review("/mutate/magic-mutate", unchanged)["response"]
+    pod = recorded("admission-validate-create-pods")["body"]
+    assert demo.review("/validate/magic-validate", pod)["response"]["allowed"] is True
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/validate/magic-mutate",
+        "/mutate/magic-validate",
+        "/validate/",
+        "/validate/a/b",
+        "/validate/..",
+        "/authn/x",
+    ],
+)
+def test_knows_no_other_modules(demo: Served, path: str) -> None:
+    body = json.dumps(recorded("admission-validate-create-pods")["body"]).encode()
+    assert demo.request(path, body).status == 404
+
+
 @pytest.mark.parametrize(
     ("path", "body", "expected"),
     [
