@@ -73,6 +73,20 @@ def serve(**options: Any) -> None:
 
 
 @main.command()
+@click.option("--config", type=_PATH, metavar="FILE", required=True, help="bulkhead.yaml.")
+@_state_dir_option
+@_wasmtime_option
+def check(config: Path, state_dir: Path | None, wasmtime: Path | None) -> None:
+    """Say whether a configuration would be served, and everything that is wrong with it.
+
+    Reads the file, and loads and compiles its modules; serves nothing. Exit code 0: it is good.
+    """
+    from bulkhead.service.checking import check as check_command
+
+    sys.exit(check_command(config, state_dir, wasmtime))
+
+
+@main.command()
 @click.argument("module", metavar="MODULE")
 @click.argument("arguments", nargs=-1)
 @click.option(

@@ -600,6 +600,7 @@ static int print_protocol(void) {
   printf("types %d %d %d %d %d\n", MESSAGE_HELLO, MESSAGE_RUN, MESSAGE_KILL, MESSAGE_ENDED, MESSAGE_FAILED);
   printf("reasons %d %d %d\n", END_BY_ITSELF, END_WALL_TIME, END_KILLED);
   printf("stages %d %d %d %d\n", STAGE_REQUEST, STAGE_PREPARE, STAGE_CONFINE, STAGE_EXEC);
+  printf("maximums %d %d %d\n", BULKHEAD_MAX_MESSAGE_BYTES, BULKHEAD_MAX_FILES, BULKHEAD_MAX_STRINGS);
   PRINT_SIZE(message_header);
   PRINT_OFFSET(message_header, magic);
   PRINT_OFFSET(message_header, version);

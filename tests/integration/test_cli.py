@@ -156,6 +156,33 @@ def test_names_of_a_guest_cannot_play_with_the_terminal(
     assert b"[red]gotcha" in done.stdout
 
 
+def test_checks_a_configuration_without_serving_it(state_dir: str) -> None:
+    done = bulkhead("check", "--state-dir", state_dir, "--config", str(DEMO / "bulkhead.yaml"))
+    assert done.returncode == 0, done.stderr
+    assert b"magic-authn" in done.stdout
+    assert b"is good: 4 modules" in done.stdout
+
+
+def test_tells_every_problem_of_a_configuration(
+    state_dir: str, tmp_path: Path, wat: Callable[[str], bytes]
+) -> None:
+    path = tmp_path / "bulkhead.yaml"
+    path.write_text("limits: {memory: lots}\nserver: {port: 1}\n")
+    done = bulkhead("check", "--state-dir", state_dir, "--config", str(path))
+    assert done.returncode == 2
+    for place in (b":1: limits.memory", b":2: server.port", b"has 2 problems"):
+        assert place in done.stderr
+    (tmp_path / "echo.wasm").write_bytes(wat(ECHO))
+    (tmp_path / "text.wasm").write_text("(module)")
+    path.write_text(
+        "authentication: {modules: [{module: echo.wasm}]}\nadmission: {modules: [{module: text.wasm}]}\n"
+    )
+    done = bulkhead("check", "--state-dir", state_dir, "--config", str(path))
+    assert done.returncode == 2
+    for word in (b"module echo", b"authn", b"module text", b"not a WebAssembly module"):
+        assert word in done.stderr
+
+
 def test_the_doctor_says_what_it_found(state_dir: str) -> None:
     done = bulkhead("doctor", "--state-dir", state_dir)
     assert done.returncode == 0
@@ -172,7 +199,7 @@ def test_the_doctor_says_what_to_do_when_nothing_can_be_run(state_dir: str, tmp_
     assert b"not a wasmtime program" in done.stdout
 
 
-@pytest.mark.parametrize("arguments", [[], ["serve"], ["run"], ["inspect"], ["doctor"]])
+@pytest.mark.parametrize("arguments", [[], ["serve"], ["run"], ["inspect"], ["doctor"], ["check"]])
 def test_every_command_explains_itself(arguments: list[str]) -> None:
     done = bulkhead(*arguments, "--help")
     assert done.returncode == 0
