@@ -7,7 +7,7 @@ import contextlib
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,6 +38,8 @@ _MOST_ARGUMENT_BYTES = 32 << 10
 _MOST_ARGUMENTS = 256
 # Loaded modules that no configuration holds; the least recently run goes first.
 _MOST_LOADED = 128
+# From SIGKILL to the report of the end; only a machine in trouble takes longer.
+_REAP_SECONDS = 0.5
 _DEFAULT_LIMITS = Limits()
 _MAXIMUM_LIMITS = Limits(
     memory_bytes=1 << 30,
@@ -108,6 +110,8 @@ class Sandbox:
         self._loaded: OrderedDict[str, _Loaded] = OrderedDict()
         self._compiling = asyncio.Lock()
         self._closed = False
+        self._kills: set[Callable[[], None]] = set()
+        """One for each run."""
 
     @classmethod
     async def open(cls, options: SandboxOptions) -> Sandbox:
@@ -139,7 +143,13 @@ class Sandbox:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(grace_seconds):
                 await self._slots.until_idle()
-        self._closed = True
+        self._closed = True  # what still waits for its turn is not started any more
+        for kill in tuple(self._kills):
+            kill()
+        # Killed runs are results like others, and their callers are told so.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_REAP_SECONDS):
+                await self._slots.until_idle()
         await self._spawners.close()
         # All runs have failed by now; their callbacks close the files.
         await self._slots.until_idle()
@@ -236,6 +246,9 @@ class Sandbox:
         self._check(loaded.info, entry_point, stdin, arguments, chosen)
         compiled = await self._compiled_by(deadline, loaded, metered=chosen.fuel is not None)
         await self._slots.acquire(deadline)
+        if self._closed:
+            self._slots.release()
+            raise SandboxError("the sandbox is closed")
         wall_seconds = _wall_seconds(chosen, deadline)
         if wall_seconds <= 0:
             self._slots.release()
@@ -257,7 +270,9 @@ class Sandbox:
         except BaseException:
             self._slots.release()
             raise
+        self._kills.add(run.kill)
         run.ended.add_done_callback(self._on_end)
+        run.ended.add_done_callback(lambda _: self._kills.discard(run.kill))
         try:
             # Shielded: the slot is free when the process is reaped, whatever happens to us.
             return judge(job, await asyncio.shield(run.ended))

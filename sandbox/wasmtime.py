@@ -157,7 +157,7 @@ async def _find_runtime(spawner: Spawner, state_dir: Path, configured: Path | No
 
 def _find(configured: Path | None) -> _Candidate:
     if configured is not None:
-        return _require(_Candidate(configured, "the configuration"))
+        return _require(_Candidate(configured, "--wasmtime or server.wasmtime"))
     if from_environment := os.environ.get(ENVIRONMENT_VARIABLE):
         return _require(_Candidate(Path(from_environment), f"${ENVIRONMENT_VARIABLE}"))
     wheel = importlib.util.find_spec("wasmtime_cli")

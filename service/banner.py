@@ -9,6 +9,9 @@ from bulkhead.service.supervisor import Serving
 
 _REVIEW = '{"apiVersion":"authentication.k8s.io/v1","kind":"TokenReview","spec":{"token":"magic-token"}}'
 
+# Who listens on all addresses is called by one.
+_LOOPBACK_OF = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}  # noqa: S104 - shown, not listened on
+
 _SNIPPET = """\
 {python} - <<'EOF'
 import grpc
@@ -40,7 +43,7 @@ def banner(serving: Serving, *, demo: bool) -> str:
         f"curl --cacert {shlex.quote(str(serving.tls.ca_certificate))} \\",
         "  -H 'Content-Type: application/json' \\",
         f"  --data {shlex.quote(_REVIEW)} \\",
-        f"  https://{serving.https_address}/authn",
+        f"  https://{_reachable(serving.https_address)}/authn",
         "",
         "or over gRPC:",
         "",
@@ -49,6 +52,12 @@ def banner(serving: Serving, *, demo: bool) -> str:
         "Ctrl-C stops it.",
     ]
     return "\n".join(lines)
+
+
+def _reachable(address: str) -> str:
+    """Where a client on this machine finds it, under a name that the certificate has."""
+    host, _, port = address.rpartition(":")
+    return f"{_LOOPBACK_OF.get(host, host)}:{port}"
 
 
 def _modules(serving: Serving) -> list[str]:

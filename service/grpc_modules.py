@@ -8,10 +8,12 @@ from functools import partial
 
 from bulkhead.sandbox import (
     Abi,
+    DeadlinePassed,
     InvalidModule,
     InvalidModuleReason,
     InvalidRequest,
     ModuleInfo,
+    Overloaded,
     Sandbox,
     SandboxError,
     format_quantity,
@@ -24,6 +26,10 @@ from bulkhead.v1 import modules_pb2, modules_pb2_grpc
 
 _CHUNK_BYTES = 1 << 20
 _PAGE_SIZE, _LARGEST_PAGE = 100, 1000
+# A module is in memory while it arrives, and they are compiled one at a time anyway.
+_MOST_PUTS = 8
+# Else a client that stops in the middle would keep its place for ever.
+_PUT_SECONDS = 120.0
 
 
 class ModuleServicer(modules_pb2_grpc.ModuleServiceServicer):
@@ -32,14 +38,28 @@ class ModuleServicer(modules_pb2_grpc.ModuleServiceServicer):
     def __init__(self, sandbox: Sandbox, names: ModuleNames) -> None:
         self._sandbox = sandbox
         self._names = names
+        self._puts = 0
 
     @unary
     async def Put(
         self, request: AsyncIterator[modules_pb2.PutRequest], context: Context
     ) -> modules_pb2.PutResponse:
-        expected, data = await self._receive(request)
-        info, created = await self._sandbox.put(data, expected_digest=expected or None)
+        if self._puts >= _MOST_PUTS:
+            raise Overloaded(f"{_MOST_PUTS} modules are being put; try again later")
+        self._puts += 1
+        try:
+            expected, data = await self._receive_in_time(request)
+            info, created = await self._sandbox.put(data, expected_digest=expected or None)
+        finally:
+            self._puts -= 1
         return modules_pb2.PutResponse(module=self._message(info), created=created)
+
+    async def _receive_in_time(self, parts: AsyncIterator[modules_pb2.PutRequest]) -> tuple[str, bytes]:
+        try:
+            async with asyncio.timeout(_PUT_SECONDS):
+                return await self._receive(parts)
+        except TimeoutError:
+            raise DeadlinePassed(f"the module did not arrive in {_PUT_SECONDS:g} s") from None
 
     async def _receive(self, parts: AsyncIterator[modules_pb2.PutRequest]) -> tuple[str, bytes]:
         """The expected digest and the bytes. Stops reading where they are too many."""

@@ -7,13 +7,14 @@ from typing import Any
 
 from google.protobuf.duration_pb2 import Duration
 
-from bulkhead.sandbox import Limits, RunResult, Sandbox
+from bulkhead.sandbox import InvalidRequest, Limits, RunResult, Sandbox
 from bulkhead.service.grpc_faults import Context, unary
 from bulkhead.service.grpc_reviews import deadline_of
 from bulkhead.service.names import ModuleNames
 from bulkhead.v1 import sandbox_pb2, sandbox_pb2_grpc
 
 _SIZES = ("memory_bytes", "stdout_bytes", "stderr_bytes", "stack_bytes", "table_elements", "fuel")
+_NANOS_PER_SECOND = 10**9
 _TIMES = {"wall_time": "wall_seconds", "cpu_time": "cpu_seconds"}
 
 
@@ -45,8 +46,17 @@ def _limits(asked: sandbox_pb2.Limits, defaults: Limits) -> Limits:
     changes: dict[str, Any] = {name: getattr(asked, name) for name in _SIZES if asked.HasField(name)}  # type: ignore[arg-type]
     for name, field in _TIMES.items():
         if asked.HasField(name):  # type: ignore[arg-type]
-            changes[field] = getattr(asked, name).ToTimedelta().total_seconds()
+            changes[field] = _seconds(name, getattr(asked, name))
     return replace(defaults, **changes)
+
+
+def _seconds(name: str, duration: Duration) -> float:
+    """Any value that a message can hold; `Limits` knows which make sense. Raises InvalidRequest."""
+    if not -_NANOS_PER_SECOND < duration.nanos < _NANOS_PER_SECOND or duration.seconds * duration.nanos < 0:
+        raise InvalidRequest(
+            f"limits.{name}: expected nanos below 1000000000 and of the same sign as seconds"
+        )
+    return duration.seconds + duration.nanos / _NANOS_PER_SECOND
 
 
 def _response(digest: str, result: RunResult) -> sandbox_pb2.ExecuteResponse:
@@ -68,5 +78,5 @@ def _response(digest: str, result: RunResult) -> sandbox_pb2.ExecuteResponse:
 
 
 def _duration(seconds: float) -> Duration:
-    whole, nanos = divmod(int(seconds * 1e9), 10**9)
+    whole, nanos = divmod(int(seconds * _NANOS_PER_SECOND), _NANOS_PER_SECOND)
     return Duration(seconds=whole, nanos=nanos)

@@ -11,6 +11,7 @@ from bulkhead.service.config import Address
 from bulkhead.service.grpc_modules import ModuleServicer
 from bulkhead.service.grpc_reviews import ReviewServicer
 from bulkhead.service.grpc_sandbox import SandboxServicer
+from bulkhead.service.listener import listen
 from bulkhead.service.names import ModuleNames
 from bulkhead.service.review import Reviewer
 from bulkhead.v1 import (
@@ -30,6 +31,9 @@ _SERVICES = (
 # A message around the body: names, limits, framing.
 _ENVELOPE_BYTES = 64 << 10
 _LEAST_MESSAGE_BYTES = 4 << 20
+# Calls beyond those that a full queue of runs holds. What does not fit the queue is refused by the
+# sandbox, with its reason, and is gone at once; these are for health checks and the module store.
+_OTHER_CALLS = 64
 
 
 class GrpcServer:
@@ -45,14 +49,15 @@ class GrpcServer:
         max_in_flight: int,
     ) -> None:
         most = max(max_body_bytes, _LEAST_MESSAGE_BYTES) + _ENVELOPE_BYTES
+        most_calls = max_in_flight + _OTHER_CALLS
         self._server = grpc.aio.server(
-            maximum_concurrent_rpcs=max_in_flight,
+            maximum_concurrent_rpcs=most_calls,
             options=[
                 # Otherwise a port that another process has is shared with it, silently.
                 ("grpc.so_reuseport", 0),
                 ("grpc.max_receive_message_length", most),
                 ("grpc.max_send_message_length", -1),
-                ("grpc.max_concurrent_streams", max_in_flight),
+                ("grpc.max_concurrent_streams", most_calls),
                 ("grpc.keepalive_time_ms", 60_000),
                 ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
             ],
@@ -68,12 +73,13 @@ class GrpcServer:
     async def start(self, host: str, port: int) -> int:
         """Begins to accept; returns the port. Raises SandboxError if it cannot listen."""
         address = Address(host, port)
+        # gRPC tells its log, not us, why it cannot listen: ask the kernel first.
+        listen(address, "--grpc-address").close()
         try:
             bound = self._server.add_insecure_port(str(address))
         except RuntimeError:
             raise SandboxError(
-                f"cannot listen on {address}: address already in use, or not this machine's; "
-                "choose another with --grpc-address"
+                f"cannot listen on {address}: see the log; choose another with --grpc-address"
             ) from None
         await self._server.start()
         for name in ("", *_SERVICES):

@@ -28,6 +28,8 @@ _BODY_SECONDS = 10.0
 # After an answer to a request whose body was not read: time for the client to see the answer.
 _LINGER_SECONDS = 1.0
 _HEADER_BYTES = 16 << 10
+# Bodies in memory, being read or answered, counted in largest ones. Honest ones are a thousandth of that.
+_LARGEST_BODIES = 32
 _JSON = "application/json"
 _STAGES = {"validate": Stage.VALIDATING, "mutate": Stage.MUTATING}
 _PATHS = ("/authn", "/authz", "/validate", "/validate/NAME", "/mutate", "/mutate/NAME")
@@ -54,6 +56,28 @@ class _Refused(Exception):
         self.headers = headers or {}
 
 
+class _Held:
+    """The bytes of one request's body, as long as they are in memory."""
+
+    def __init__(self, server: HttpsServer) -> None:
+        self._server = server
+        self._size = 0
+
+    def add(self, size: int) -> None:
+        """Raises _Refused where all bodies together would take too much memory."""
+        if self._server.held_bytes + size > self._server.most_held_bytes:
+            raise _overloaded()
+        self._size += size
+        self._server.held_bytes += size
+
+    def release(self) -> None:
+        self._server.held_bytes -= self._size
+
+
+def _overloaded() -> _Refused:
+    return _Refused(HTTPStatus.SERVICE_UNAVAILABLE, "too many requests at once; try again later")
+
+
 class HttpsServer:
     """Serves reviews on one listening socket. Owned by one event loop."""
 
@@ -62,6 +86,8 @@ class HttpsServer:
         self._max_body_bytes = max_body_bytes
         self._max_in_flight = max_in_flight
         self._in_flight = 0
+        self.held_bytes = 0
+        self.most_held_bytes = _LARGEST_BODIES * max_body_bytes
         self._acceptor: Acceptor | None = None
         self._protocol: web.Server | None = None
 
@@ -111,14 +137,7 @@ class HttpsServer:
             if request.path in ("/healthz", "/readyz"):
                 return _health(request)
             answer, deadline = self._check_head(request, start)
-            if self._in_flight >= self._max_in_flight:
-                raise _Refused(HTTPStatus.SERVICE_UNAVAILABLE, "too many requests at once; try again later")
-            self._in_flight += 1
-            try:
-                body = await self._read_body(request)
-                return web.Response(body=await answer(body, deadline), content_type=_JSON)
-            finally:
-                self._in_flight -= 1
+            return await self._answer(request, answer, deadline)
         except _Refused as refusal:
             return _status(request, refusal.status, "", str(refusal), refusal.headers)
         except (HttpProcessingError, ConnectionError) as error:
@@ -130,6 +149,25 @@ class HttpsServer:
             if fault.unexpected:
                 _log.exception("request_failed", path=request.path)
             return _status(request, fault.http_status, fault.reason, fault.message)
+
+    async def _answer(self, request: web.BaseRequest, answer: Answer, deadline: float | None) -> web.Response:
+        self._require_room()
+        held = _Held(self)
+        try:
+            body = await self._read_body(request, held)
+            # Only now does it count: who sends slowly must not take the place of who asks.
+            self._require_room()
+            self._in_flight += 1
+            try:
+                return web.Response(body=await answer(body, deadline), content_type=_JSON)
+            finally:
+                self._in_flight -= 1
+        finally:
+            held.release()
+
+    def _require_room(self) -> None:
+        if self._in_flight >= self._max_in_flight:
+            raise _overloaded()
 
     def _check_head(self, request: web.BaseRequest, start: float) -> tuple[Answer, float | None]:
         """All that can be refused before the body is read."""
@@ -168,7 +206,7 @@ class HttpsServer:
             f"the body is too large; at most {self._max_body_bytes} bytes (server.maxBodyBytes) are read",
         )
 
-    async def _read_body(self, request: web.BaseRequest) -> bytes:
+    async def _read_body(self, request: web.BaseRequest, held: _Held) -> bytes:
         if request.headers.get(hdrs.EXPECT, "").lower() == "100-continue":
             await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             request.writer.output_size = 0
@@ -179,6 +217,7 @@ class HttpsServer:
                     size += len(part)
                     if size > self._max_body_bytes:
                         raise self._too_large()
+                    held.add(len(part))
                     parts.append(part)
         except TimeoutError:
             raise _Refused(

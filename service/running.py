@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -45,6 +46,7 @@ EXIT_CODES = {
     Outcome.SANDBOX_VIOLATION: 17,
     Outcome.START_FAILED: 18,
 }
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _REVIEW_ENTRY_POINTS = frozenset({"authn", "authz", "validate"})
 _QUANTITIES = {
     "memory": "memory_bytes",
@@ -78,6 +80,9 @@ def run(
     except (InvalidModule, InvalidRequest, UnknownModule, ValueError) as error:
         click.echo(f"bulkhead: {error}", err=True)
         return EXIT_USAGE
+    except KeyboardInterrupt:
+        click.echo("cancelled: interrupted", err=True)
+        return EXIT_CODES[Outcome.CANCELLED]
     except OSError as error:
         click.echo(f"bulkhead: {error.filename or 'input'}: {error.strerror}", err=True)
         return EXIT_USAGE
@@ -121,9 +126,7 @@ def _only_entry_point(info: ModuleInfo) -> str:
 
 
 def _input(entry_point: str, settings: str | None) -> bytes:
-    if sys.stdin.isatty():
-        click.echo("bulkhead: reading the module's input from the terminal; end it with Ctrl-D", err=True)
-    stdin = sys.stdin.buffer.read()
+    stdin = _read_stdin()
     if entry_point not in _REVIEW_ENTRY_POINTS:
         if settings is not None:
             raise InvalidRequest(
@@ -131,6 +134,24 @@ def _input(entry_point: str, settings: str | None) -> bytes:
             )
         return stdin
     return _wrap(stdin, settings)
+
+
+def _read_stdin() -> bytes:
+    if sys.stdin is None:  # closed by who started us
+        return b""
+    if sys.stdin.isatty():
+        click.echo("bulkhead: reading the module's input from the terminal; end it with Ctrl-D", err=True)
+    return sys.stdin.buffer.read()
+
+
+def _settings(given: str) -> Any:
+    text = Path(given[1:]).read_text() if given.startswith("@") else given
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise InvalidRequest(
+            f"--settings: expected JSON, or @ and the path of a JSON file: {error}"
+        ) from None
 
 
 def _wrap(stdin: bytes, settings: str | None) -> bytes:
@@ -146,8 +167,7 @@ def _wrap(stdin: bytes, settings: str | None) -> bytes:
     elif settings is None or not isinstance(document, dict):
         return stdin
     if settings is not None:
-        text = Path(settings[1:]).read_text() if settings.startswith("@") else settings
-        document["settings"] = json.loads(text)
+        document["settings"] = _settings(settings)
     return json.dumps(document, separators=(",", ":")).encode()
 
 
@@ -169,17 +189,27 @@ def _larger(chosen: Limits) -> Limits:
     return replace(chosen, fuel=None)
 
 
+def _harmless(text: bytes) -> bytes:
+    """What a guest wrote, with control characters (line ends and tabs apart) spelled out."""
+    shown = text.decode(errors="backslashreplace")
+    return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], shown).encode()
+
+
 def _print(result: RunResult) -> None:
-    sys.stdout.buffer.write(result.stdout)
-    sys.stdout.buffer.flush()
-    sys.stderr.buffer.write(result.stderr)
+    if sys.stdout is not None:  # else closed by who started us
+        sys.stdout.buffer.write(result.stdout)
+        sys.stdout.buffer.flush()
+    # On a terminal the guest's escape sequences would be obeyed.
+    on_terminal = sys.stderr.isatty()
+    sys.stderr.buffer.write(_harmless(result.stderr) if on_terminal else result.stderr)
     if result.stderr and not result.stderr.endswith(b"\n"):
         sys.stderr.buffer.write(b"\n")
     if result.stderr_truncated:
         click.echo("bulkhead: more was written to standard error than is kept (--stderr)", err=True)
     sys.stderr.buffer.flush()
     if result.diagnostics:  # for whoever debugs the module; clients of the service never see it
-        click.echo(result.diagnostics.rstrip(), err=True)
+        words = result.diagnostics.rstrip()  # they quote names that the guest chose
+        click.echo(_harmless(words.encode()) if on_terminal else words, err=True)
     usage = result.usage
     peak = format_quantity(usage.peak_memory_bytes // 1024 * 1024)
     click.echo(

@@ -20,9 +20,10 @@ from pathlib import Path
 
 import structlog
 
-from bulkhead.sandbox import Runtime, Sandbox, SandboxError
+from bulkhead.sandbox import Runtime, Sandbox
 from bulkhead.service.config import Address, Config
 from bulkhead.service.configured import sandbox_options
+from bulkhead.service.listener import listen
 from bulkhead.service.log import Format
 from bulkhead.service.names import NamedModule
 from bulkhead.service.review import Reviewer
@@ -37,7 +38,6 @@ _FIRST_BACKOFF_SECONDS, _LONGEST_BACKOFF_SECONDS = 0.05, 5.0
 _STABLE_SECONDS = 30.0
 # Beyond the configured grace time, for a worker to kill its runs and leave.
 _STOP_SLACK_SECONDS = 3.0
-_BACKLOG = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +98,8 @@ class _Worker:
             async with asyncio.timeout(_READY_SECONDS):
                 message = await _read_all(ready_read)
         except TimeoutError:
-            self.kill()
+            self.process.kill()  # not self.kill(): this is no stop, and another may be started
+            await self.ended.wait()
             raise WorkerFailed(f"the {settings.role} worker was not ready in {_READY_SECONDS:g} s") from None
         told = json.loads(message or b"{}")
         if "port" not in told:
@@ -173,7 +174,7 @@ class Supervisor:
         """
         options, config = self._options, self._options.config
         tls = ensure_certificate(options.state_dir / "tls", options.https.host)
-        self._listener = _listen(options.https)
+        self._listener = listen(options.https, "--https-address")
         async with await Sandbox.open(
             sandbox_options(config, options.state_dir, options.wasmtime)
         ) as sandbox:
@@ -251,21 +252,6 @@ class Supervisor:
             self._listener.close()
         os.close(self._lifeline_read)
         os.close(self._lifeline_write)
-
-
-def _listen(address: Address) -> socket.socket:
-    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
-    try:
-        return socket.create_server((address.host, address.port), family=family, backlog=_BACKLOG)
-    except OSError as error:
-        reason = (
-            os.strerror(error.errno).lower()
-            if isinstance(error.errno, int) and error.errno > 0
-            else str(error)
-        )
-        raise SandboxError(
-            f"cannot listen on {address}: {reason}; choose another with --https-address"
-        ) from None
 
 
 async def _wait(event: asyncio.Event) -> None:

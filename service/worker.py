@@ -74,9 +74,10 @@ def main() -> None:
         try:
             uvloop.run(_serve(settings, lambda port: _tell(ready, {"port": port})))
         except (SandboxError, ConfigError, OSError) as error:
-            if not ready.closed:
-                _tell(ready, {"error": str(error)})
-            _log.error("worker_failed", error=str(error))
+            if ready.closed:
+                _log.error("worker_failed", error=str(error))
+            else:
+                _tell(ready, {"error": str(error)})  # the supervisor says it, once
             sys.exit(1)
 
 

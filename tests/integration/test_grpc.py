@@ -214,6 +214,9 @@ def test_refuses_limits_above_the_servers(sandbox: sandbox_pb2_grpc.SandboxServi
     for limits in (
         sandbox_pb2.Limits(memory_bytes=1 << 40),
         sandbox_pb2.Limits(wall_time=Duration(seconds=3000)),
+        sandbox_pb2.Limits(cpu_time=Duration(seconds=2**62)),
+        sandbox_pb2.Limits(wall_time=Duration(seconds=1, nanos=-1)),
+        sandbox_pb2.Limits(wall_time=Duration(nanos=2_000_000_000)),
     ):
         request = sandbox_pb2.ExecuteRequest(module=endings, entry_point="echo", limits=limits)
         code, reason, message = refusal(partial(sandbox.Execute, request))
@@ -240,20 +243,17 @@ def test_refuses_an_entry_point_that_is_not_there(
 def test_a_deadline_or_a_cancelled_call_ends_the_run(
     demo: Served, sandbox: sandbox_pb2_grpc.SandboxServiceStub, endings: str
 ) -> None:
-    def runs() -> int:
-        return sum(process.name().startswith("wasmtime") for process in demo.tree())
-
     request = sandbox_pb2.ExecuteRequest(
         module=endings, entry_point="sleep", limits=sandbox_pb2.Limits(wall_time=Duration(seconds=50))
     )
     call = sandbox.Execute.future(request)
-    wait_until(lambda: runs() == 1, "the run to start")
+    wait_until(lambda: demo.runs() == 1, "the run to start")
     call.cancel()
-    wait_until(lambda: runs() == 0, "the run to be killed")
+    wait_until(lambda: demo.runs() == 0, "the run to be killed")
     with pytest.raises(grpc.RpcError) as caught:
         sandbox.Execute(request, timeout=0.5)
     assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    wait_until(lambda: runs() == 0, "the run to be killed")
+    wait_until(lambda: demo.runs() == 0, "the run to be killed")
 
 
 def test_runs_many_at_once(sandbox: sandbox_pb2_grpc.SandboxServiceStub, endings: str) -> None:

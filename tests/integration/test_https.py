@@ -293,17 +293,13 @@ limits: {timeout: 30s}
         yield served
 
 
-def _runs(served: Served) -> int:
-    return sum(process.name().startswith("wasmtime") for process in served.tree())
-
-
 def test_kills_the_run_of_a_client_that_goes_away(sleepy: Served) -> None:
     body = json.dumps(recorded("admission-validate-create-pods")["body"]).encode()
     connection = sleepy.connect()
     connection.request("POST", "/validate", body, {"Content-Type": "application/json"})
-    wait_until(lambda: _runs(sleepy) == 1, "the run to start")
+    wait_until(lambda: sleepy.runs() == 1, "the run to start")
     connection.close()
-    wait_until(lambda: _runs(sleepy) == 0, "the run to be killed")
+    wait_until(lambda: sleepy.runs() == 0, "the run to be killed")
     assert sleepy.request("/healthz", None, method="GET").status == 200
 
 
@@ -313,7 +309,7 @@ def test_answers_before_the_clients_timeout(sleepy: Served) -> None:
     assert response["allowed"] is False
     assert response["status"]["code"] == 500
     assert "timeout" in response["status"]["message"]
-    wait_until(lambda: _runs(sleepy) == 0, "the run to be killed")
+    wait_until(lambda: sleepy.runs() == 0, "the run to be killed")
 
 
 def test_a_flood_of_connections_does_not_starve_those_that_proceed(demo: Served) -> None:

@@ -95,7 +95,7 @@ def runs(served: Served) -> list[psutil.Process]:
     return [process for process in served.tree() if process.name().startswith("wasmtime")]
 
 
-@pytest.mark.parametrize(("grace", "reason"), [("20s", "timeout"), ("100ms", "sandbox_error")])
+@pytest.mark.parametrize(("grace", "reason"), [("20s", "timeout"), ("100ms", "cancelled")])
 def test_lets_reviews_in_flight_finish_within_the_grace_period(
     tmp_path: Path, wat: Callable[[str], bytes], grace: str, reason: str
 ) -> None:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,14 @@ class Served:
         """The service's process and all below it."""
         root = psutil.Process(self.process.pid)
         return [root, *root.children(recursive=True)]
+
+    def runs(self) -> int:
+        """How many runs there are now. Any may end while they are counted."""
+        count = 0
+        for process in self.tree():
+            with suppress(psutil.NoSuchProcess):
+                count += process.name().startswith("wasmtime")
+        return count
 
     def close(self) -> None:
         for channel in self._channels:

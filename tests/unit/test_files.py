@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import os
+import resource
 import stat
 from pathlib import Path
 
@@ -37,11 +37,14 @@ class TestPrivateDirectory:
         with pytest.raises(SandboxError, match=f"chmod go-w {folder}"):
             make_private_directory(folder)
 
-    def test_of_another_user_is_refused(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        # Files of another user cannot be made without being root: so another user looks at ours.
-        monkeypatch.setattr(os, "geteuid", lambda: tmp_path.stat().st_uid + 1)
+    def test_of_another_user_is_refused(self, tmp_path: Path) -> None:
+        folder = Path("/usr")  # root's
+        if os.geteuid() == 0:
+            folder = tmp_path / "theirs"
+            folder.mkdir()
+            os.chown(folder, 12345, -1)
         with pytest.raises(SandboxError, match="belongs to another user"):
-            make_private_directory(tmp_path)
+            make_private_directory(folder)
 
     def test_in_the_place_of_a_file_is_refused(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_bytes(b"")
@@ -69,18 +72,15 @@ class TestWriteAtomically:
             write_atomically(tmp_path / "file", b"new")
             assert reader.read() == b"old"
 
-    def test_that_fails_leaves_the_old_file_and_no_other(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_that_fails_leaves_the_old_file_and_no_other(self, tmp_path: Path) -> None:
         write_atomically(tmp_path / "file", b"old")
-
-        def full(_: int) -> None:
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-        # The one place of the kernel's that a test cannot bring about without a disk of its own.
-        monkeypatch.setattr(os, "fsync", full)
-        with pytest.raises(OSError, match="No space"):
-            write_atomically(tmp_path / "file", b"new")
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1, limits[1]))
+        try:
+            with pytest.raises(OSError, match="File too large"):
+                write_atomically(tmp_path / "file", b"new")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert (tmp_path / "file").read_bytes() == b"old"
         assert os.listdir(tmp_path) == ["file"]
 

@@ -37,6 +37,7 @@ def ended(wait_status: int, reason: EndReason = EndReason.BY_ITSELF) -> Exit:
         stderr=b"",
         stderr_truncated=False,
         usage=SMALL,
+        overhead_bytes=4 << 20,
     )
 
 
@@ -59,8 +60,8 @@ def ended(wait_status: int, reason: EndReason = EndReason.BY_ITSELF) -> Exit:
         # It ended before our signal came.
         (ended(0, EndReason.WALL_TIME), Outcome.OK),
         (replace(exited(0), stdout_exceeded=True), Outcome.STDOUT_LIMIT),
-        (replace(exited(134), usage=replace(SMALL, peak_memory_bytes=64 << 20)), Outcome.MEMORY_LIMIT),
-        (replace(exited(7), usage=replace(SMALL, peak_memory_bytes=64 << 20)), Outcome.EXIT_NONZERO),
+        (replace(exited(134), usage=replace(SMALL, peak_memory_bytes=68 << 20)), Outcome.MEMORY_LIMIT),
+        (replace(exited(7), usage=replace(SMALL, peak_memory_bytes=68 << 20)), Outcome.EXIT_NONZERO),
         (replace(ended(signal.SIGKILL), usage=replace(SMALL, cpu_seconds=3.0)), Outcome.CPU_LIMIT),
     ],
 )
