@@ -338,14 +338,14 @@ def _encode_run(
     run_id: int, argv: Sequence[str], environment: Sequence[str], files: Sequence[int], bounds: Bounds
 ) -> bytes:
     """Raises StartFailed for what no process can be started with."""
+    count = len(argv) + len(environment)
     try:
-        strings = [os.fsencode(text) for text in (*argv, *environment)]
+        strings = os.fsencode("".join([f"{text}\0" for text in (*argv, *environment)]))
     except UnicodeEncodeError as error:
         raise StartFailed(f"an argument cannot be encoded: {error.reason}", errno.EILSEQ) from None
-    if any(b"\0" in text for text in strings):
+    if strings.count(b"\0") != count:
         raise StartFailed("an argument holds a NUL character", errno.EINVAL)
-    size = _RUN.size + sum(len(text) + 1 for text in strings)
-    if size > _MOST_MESSAGE_BYTES or len(strings) > _MOST_STRINGS or len(files) > _MOST_FILES:
+    if _RUN.size + len(strings) > _MOST_MESSAGE_BYTES or count > _MOST_STRINGS or len(files) > _MOST_FILES:
         raise StartFailed("it has too many arguments or files", errno.E2BIG)
     fixed = _RUN.pack(
         _MAGIC,
@@ -363,7 +363,7 @@ def _encode_run(
         len(argv),
         len(environment),
     )
-    return b"".join((fixed, *(text + b"\0" for text in strings)))
+    return fixed + strings
 
 
 def _decode_end(message: bytes) -> ProcessEnd:

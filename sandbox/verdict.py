@@ -86,6 +86,8 @@ def _split_stderr(stderr: bytes, outcome: Outcome) -> tuple[bytes, bytes]:
 
 
 def _message(job: Job, outcome: Outcome, exit_code: int) -> str:
+    if outcome is Outcome.OK:  # most end so, and the rest is a lot of text to put together
+        return "it succeeded"
     limits = job.limits
     cpu_or_wall = (
         "the caller's deadline came"
@@ -93,7 +95,6 @@ def _message(job: Job, outcome: Outcome, exit_code: int) -> str:
         else (f"it ran longer than {limits.wall_seconds:g} s")
     )
     return {
-        Outcome.OK: "it succeeded",
         Outcome.EXIT_NONZERO: f"it exited with code {exit_code}",
         Outcome.TRAP: "it trapped",
         Outcome.TIMEOUT: cpu_or_wall,

@@ -67,7 +67,6 @@ _MEMORIES = 1
 # The runtime's own default; a module's stack has to fit into it.
 _ASYNC_STACK_BYTES = 2 << 20
 _ASYNC_STACK_SPARE_BYTES = 1 << 20
-_LEAST_HOSTCALL_BYTES = 16 << 20
 _RECORD_FORMAT = 3
 
 
@@ -101,8 +100,9 @@ class Runtime:
 
     def limit_flags(self, limits: Limits, *, stdin_bytes: int) -> tuple[str, ...]:
         """The flags of one run that need not agree with the compilation's."""
-        # One host call must be able to move all of the input or all of the output at once.
-        hostcall_bytes = max(_LEAST_HOSTCALL_BYTES, stdin_bytes, limits.stdout_bytes) + 65536
+        # One host call must be able to move all of the input, all of the output, or to fill the
+        # largest buffer that fits into memory: what is asked for counts, not what is there.
+        hostcall_bytes = max(limits.memory_bytes, stdin_bytes, limits.stdout_bytes) + 65536
         wasm = [
             f"max-memory-size={limits.memory_bytes}",
             f"max-table-elements={limits.table_elements}",
@@ -145,7 +145,7 @@ async def _find_runtime(spawner: Spawner, state_dir: Path, configured: Path | No
     make_private_directory(bin_dir)
     compiler = await asyncio.to_thread(_make_executable, candidate.path, bin_dir)
     sibling = candidate.path.with_name("wasmtime-min")
-    runner = await asyncio.to_thread(_make_executable, sibling, bin_dir) if sibling.is_file() else None
+    runner = await asyncio.to_thread(_make_executable, sibling, bin_dir) if _is_program(sibling) else None
     record = bin_dir / "runtime.json"
     marks = json.dumps([_RECORD_FORMAT, _mark(compiler), _mark(runner) if runner else None])
     if (known := _recall(record, marks)) is not None:

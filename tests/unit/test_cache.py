@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+import bulkhead
 from bulkhead.sandbox import SandboxError
 from bulkhead.sandbox.cache import CompileCache, cache_key
 
@@ -88,6 +92,64 @@ def test_a_disk_that_takes_nothing_costs_only_time(tmp_path: Path) -> None:
     (tmp_path / "cache").rmdir()
     assert cache.save(KEY, ARTIFACT) is False
     assert cache.load(KEY) is None
+
+
+def test_processes_that_start_at_once_agree_on_the_secret(tmp_path: Path) -> None:
+    program = """
+        import sys
+        from pathlib import Path
+        from bulkhead.sandbox.cache import CompileCache
+        folder = Path(sys.argv[1])
+        sys.stdin.read()  # until all are there
+        cache = CompileCache(folder / "cache", folder / "cache.secret")
+        assert cache.save(sys.argv[2] * 64, b"artifact")
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program), str(tmp_path)]
+    environment = {"PYTHONPATH": str(Path(bulkhead.__path__[0]).parent)}
+    names = "0123456789abcdef"
+    processes = [
+        subprocess.Popen([*command, name], stdin=subprocess.PIPE, env=environment) for name in names[:6]
+    ]
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.close()
+    assert [process.wait(60) for process in processes] == [0] * 6
+    cache = open_cache(tmp_path)
+    assert all(cache.load(name * 64) == b"artifact" for name in names[:6])
+    assert sorted(os.listdir(tmp_path)) == ["cache", "cache.secret"]
+
+
+@pytest.mark.parametrize("content", [b"", b"short", b"x" * 33])
+def test_a_damaged_secret_stops_the_start_and_says_what_to_do(tmp_path: Path, content: bytes) -> None:
+    open_cache(tmp_path)
+    (tmp_path / "cache.secret").write_bytes(content)
+    with pytest.raises(SandboxError, match="delete it"):
+        open_cache(tmp_path)
+    (tmp_path / "cache.secret").unlink()
+    assert open_cache(tmp_path).save(KEY, ARTIFACT)
+
+
+def test_no_key_of_others_is_believed_even_with_a_seal_of_ours(tmp_path: Path) -> None:
+    """The seal is over the key and the bytes: neither can be moved, nor a part of one to the other."""
+    cache = open_cache(tmp_path)
+    cache.save("aa", b"b" + ARTIFACT)
+    (tmp_path / "cache" / "aa.cwasm").rename(tmp_path / "cache" / "aab.cwasm")
+    assert cache.load("aab") is None
+
+
+def test_forgets_what_it_is_told_to(tmp_path: Path) -> None:
+    cache = open_cache(tmp_path)
+    cache.save(KEY, ARTIFACT)
+    cache.discard(KEY)
+    cache.discard(KEY)
+    assert cache.load(KEY) is None
+    assert os.listdir(tmp_path / "cache") == []
+
+
+def test_no_two_keys_are_made_of_the_same_words() -> None:
+    """Of two parts of a key, none can pass for a part of the other."""
+    assert cache_key("ab", "c", ()) != cache_key("a", "bc", ())
+    assert cache_key("a", "b", ("c", "d")) != cache_key("a", "b", ("cd",))
 
 
 def test_many_that_start_at_once_agree_on_the_secret(tmp_path: Path) -> None:

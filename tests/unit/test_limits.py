@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from bulkhead.sandbox import InvalidRequest, Limits, format_quantity, parse_duration, parse_quantity
 
@@ -82,3 +86,48 @@ def test_names_the_limit_that_is_above_the_maximum() -> None:
         Limits(stdout_bytes=2000).within(Limits(stdout_bytes=1000))
     Limits(stdout_bytes=1000).within(Limits(stdout_bytes=1000))
     Limits(fuel=10).within(Limits())
+
+
+@pytest.mark.parametrize(
+    ("name", "lowest", "highest"),
+    [
+        ("memory_bytes", 65536, 4 << 30),
+        ("wall_seconds", 0.001, 3600),
+        ("cpu_seconds", 0.001, 3600),
+        ("stdout_bytes", 0, 1 << 30),
+        ("stderr_bytes", 0, 1 << 30),
+        ("stack_bytes", 4096, 4 << 20),
+        ("table_elements", 0, 10_000_000),
+        ("fuel", 1, (1 << 63) - 1),
+    ],
+)
+def test_the_bounds_themselves_are_allowed_and_nothing_beyond(
+    name: str, lowest: float, highest: float
+) -> None:
+    for value in (lowest, highest):
+        assert getattr(Limits(**{name: value}), name) == value  # type: ignore[arg-type]
+    for value in (lowest - 1, highest + 1):
+        with pytest.raises(InvalidRequest, match=name):
+            Limits(**{name: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["wall_seconds", "cpu_seconds"])
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_refuses_times_that_are_no_numbers(name: str, value: float) -> None:
+    with pytest.raises(InvalidRequest, match=name):
+        Limits(**{name: value})  # type: ignore[arg-type]
+
+
+@given(st.integers(0, 1 << 60))
+def test_every_size_survives_being_written_and_read(size_bytes: int) -> None:
+    assume(len(format_quantity(size_bytes).rstrip("KMGTi")) <= 15)
+    assert parse_quantity(format_quantity(size_bytes)) == size_bytes
+
+
+@given(st.text(max_size=20))
+def test_any_text_is_a_quantity_or_a_clear_error(text: str) -> None:
+    for parse, noun in ((parse_quantity, "quantity|whole number"), (parse_duration, "duration")):
+        try:
+            assert parse(text) >= 0
+        except ValueError as error:
+            assert re.search(noun, str(error))  # noqa: PT017 - one of two good ends

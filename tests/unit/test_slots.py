@@ -127,12 +127,14 @@ async def test_never_gives_more_slots_than_there_are_and_loses_none(seed: int) -
         nonlocal taken
         deadline = chance.choice((None, None, time.monotonic() + chance.random() / 100))
         await slots.acquire(deadline)
-        taken += 1
-        assert taken <= 3
-        for _ in range(chance.randrange(3)):
-            await asyncio.sleep(0)
-        taken -= 1
-        slots.release()
+        try:
+            taken += 1
+            assert taken <= 3
+            for _ in range(chance.randrange(3)):
+                await asyncio.sleep(0)
+        finally:
+            taken -= 1
+            slots.release()
 
     takers: list[asyncio.Task[None]] = []
     for _ in range(200):
