@@ -72,6 +72,7 @@ def _serving_table(loads: list[serving.Load]) -> Table:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="./dev bench", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer runs: a look, not a measurement")
+    parser.add_argument("--only", choices=("runs", "reviews"), help="one of the two tables")
     arguments = parser.parse_args()
     rounds, count, seconds = (2, 50, 2.0) if arguments.quick else (5, 200, 10.0)
     console = Console(width=120)
@@ -86,12 +87,14 @@ def main() -> None:
     }
     request = b'{"request":' + bodies["asks one module"] + b"}"
     console.print(f"module {module.name}, {module.stat().st_size} bytes; input of {len(request)} bytes\n")
-    with console.status("starting processes"):
-        launched = launching.run(module, "validate", request, rounds=rounds, count=count)
-    console.print(_launching_table(launched))
-    with console.status("asking reviews"):
-        served = serving.run(bodies, callers=(1, 8, 32), seconds=seconds)
-    console.print(_serving_table(served))
+    if arguments.only != "reviews":
+        with console.status("starting processes"):
+            launched = launching.run(module, "validate", request, rounds=rounds, count=count)
+        console.print(_launching_table(launched))
+    if arguments.only != "runs":
+        with console.status("asking reviews"):
+            served = serving.run(bodies, callers=(1, 8, 32), seconds=seconds)
+        console.print(_serving_table(served))
 
 
 if __name__ == "__main__":

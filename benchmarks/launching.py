@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import psutil
+import uvloop
 
 from benchmarks.samples import Samples
 from bulkhead.sandbox import Limits, Sandbox, SandboxOptions
@@ -120,4 +121,5 @@ def _add(total: Samples, part: Samples) -> None:
 
 
 def run(module: Path, entry_point: str, request: bytes, *, rounds: int, count: int) -> list[Samples]:
-    return asyncio.run(measure(module, entry_point, request, rounds=rounds, count=count))
+    # On the event loop that the service runs on.
+    return uvloop.run(measure(module, entry_point, request, rounds=rounds, count=count))
