@@ -12,7 +12,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import psutil
 import pytest
 
 from tests.support.guests import SLEEPING_VALIDATE, TRAPPING_AUTHN, TRAPPING_AUTHZ
@@ -91,10 +90,6 @@ admission:
     return ["--config", str(folder / "bulkhead.yaml")]
 
 
-def runs(served: Served) -> list[psutil.Process]:
-    return [process for process in served.tree() if process.name().startswith("wasmtime")]
-
-
 @pytest.mark.parametrize(("grace", "reason"), [("20s", "timeout"), ("100ms", "cancelled")])
 def test_lets_reviews_in_flight_finish_within_the_grace_period(
     tmp_path: Path, wat: Callable[[str], bytes], grace: str, reason: str
@@ -102,7 +97,7 @@ def test_lets_reviews_in_flight_finish_within_the_grace_period(
     review = recorded("admission-validate-create-pods")["body"]
     with serve(tmp_path, *sleeping(tmp_path, wat, grace)) as served, ThreadPoolExecutor(1) as callers:
         answer = callers.submit(served.review, "/validate", review)
-        wait_until(lambda: len(runs(served)) == 1, "the run to start")
+        wait_until(lambda: served.runs() == 1, "the run to start")
         served.process.send_signal(signal.SIGTERM)
         response = answer.result(timeout=20)["response"]
         assert response["allowed"] is False
@@ -114,7 +109,7 @@ def test_a_second_signal_does_not_wait(tmp_path: Path, wat: Callable[[str], byte
     review = recorded("admission-validate-create-pods")["body"]
     with serve(tmp_path, *sleeping(tmp_path, wat, "1h")) as served, ThreadPoolExecutor(1) as callers:
         answer = callers.submit(served.review, "/validate", review)
-        wait_until(lambda: len(runs(served)) == 1, "the run to start")
+        wait_until(lambda: served.runs() == 1, "the run to start")
         processes = served.tree()
         served.process.send_signal(signal.SIGINT)
         wait_until(lambda: "worker_stopping" in served.log(), "the stop to begin")
@@ -128,7 +123,7 @@ def test_no_process_survives_kill_9_of_the_service(tmp_path: Path, wat: Callable
     review = recorded("admission-validate-create-pods")["body"]
     with serve(tmp_path, *sleeping(tmp_path, wat, "20s")) as served, ThreadPoolExecutor(1) as callers:
         answer = callers.submit(served.review, "/validate", review)
-        wait_until(lambda: len(runs(served)) == 1, "the run to start")
+        wait_until(lambda: served.runs() == 1, "the run to start")
         processes = served.tree()
         assert len(processes) >= 6  # supervisor, two workers, two spawners, a run
         served.process.kill()

@@ -97,8 +97,9 @@ class Served:
     def worker(self, role: str) -> psutil.Process:
         """The worker process of a front end."""
         for child in psutil.Process(self.process.pid).children():
-            if f'"role": "{role}"' in " ".join(child.cmdline()):
-                return child
+            with suppress(psutil.NoSuchProcess):
+                if f'"role": "{role}"' in " ".join(child.cmdline()):
+                    return child
         raise AssertionError(f"no {role} worker runs")
 
     def tree(self) -> list[psutil.Process]:
@@ -107,10 +108,10 @@ class Served:
         return [root, *root.children(recursive=True)]
 
     def runs(self) -> int:
-        """How many runs there are now. Any may end while they are counted."""
+        """How many runs there are now."""
         count = 0
         for process in self.tree():
-            with suppress(psutil.NoSuchProcess):
+            with suppress(psutil.NoSuchProcess):  # it ended while they were counted
                 count += process.name().startswith("wasmtime")
         return count
 
@@ -136,15 +137,15 @@ def wait_until(condition: Any, what: str, seconds: float = 20.0) -> None:
 
 def gone(processes: list[psutil.Process]) -> bool:
     """Whether none of the processes runs any more."""
-    return not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes if _alive(p))
+    return not any(_runs(process) for process in processes)
 
 
-def _alive(process: psutil.Process) -> bool:
+def _runs(process: psutil.Process) -> bool:
+    """It may end at any moment, in the middle of being looked at, too."""
     try:
-        process.status()
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
-    return True
 
 
 def command(*arguments: str) -> list[str]:
