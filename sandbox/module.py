@@ -197,9 +197,17 @@ def check_runnable(info: ModuleInfo, maximum: Limits) -> None:
     WRONG_SIGNATURE or NO_ENTRY_POINT. What only compiling can find is not found here.
     """
     _check_imports(info)
-    _check_memory(info, maximum)
-    _check_tables(info, maximum)
+    check_fits(info, maximum)
     _check_entry_points(info)
+
+
+def check_fits(info: ModuleInfo, limits: Limits) -> None:
+    """Checks that a module can start under these limits; all else about it was checked before.
+
+    Raises InvalidModule with NO_MEMORY, UNSUPPORTED_FEATURE or LIMIT.
+    """
+    _check_memory(info, limits)
+    _check_tables(info, limits)
 
 
 def read_kubewarden_metadata(raw: bytes) -> dict[str, object]:

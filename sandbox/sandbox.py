@@ -26,7 +26,7 @@ from bulkhead.sandbox.exec_launcher import ExecLauncher
 from bulkhead.sandbox.files import make_private_directory
 from bulkhead.sandbox.launch import Exit, Job, Launcher
 from bulkhead.sandbox.limits import Limits
-from bulkhead.sandbox.module import ModuleInfo, check_runnable, describe, digest_of
+from bulkhead.sandbox.module import ModuleInfo, check_fits, check_runnable, describe, digest_of
 from bulkhead.sandbox.outcome import Outcome, RunResult, Usage
 from bulkhead.sandbox.slots import Slots
 from bulkhead.sandbox.spawner import SHORTAGES, SpawnerKeeper, StartFailed
@@ -296,7 +296,7 @@ class Sandbox:
     ) -> None:
         info.require_entry_point(entry_point)
         limits.within(self.options.maximum_limits)
-        check_runnable(info, limits)
+        check_fits(info, limits)
         if len(stdin) > self.options.max_stdin_bytes:
             raise InvalidRequest(
                 f"stdin has {len(stdin)} bytes; at most {self.options.max_stdin_bytes} are allowed"

@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import sys
-from importlib.resources import files
 from pathlib import Path
 
 import click
@@ -18,13 +17,12 @@ from bulkhead.sandbox.files import write_atomically
 from bulkhead.service.banner import banner
 from bulkhead.service.cli import EXIT_FAILED, EXIT_USAGE
 from bulkhead.service.config import Address, ConfigError, load_config
+from bulkhead.service.demo import CONFIGURATION
 from bulkhead.service.log import Format, configure_logging
 from bulkhead.service.state import state_dir as find_state_dir
 from bulkhead.service.supervisor import ServeOptions, Serving, Supervisor, WorkerFailed
 
 _log = structlog.get_logger()
-
-DEMO_CONFIG = Path(str(files("bulkhead.service.demo") / "bulkhead.yaml"))
 
 
 def serve(
@@ -40,7 +38,7 @@ def serve(
     """Serves until it is told to stop; returns the exit code."""
     chosen_format: Format = log_format or ("text" if sys.stderr.isatty() else "json")
     configure_logging(log_level, chosen_format)
-    path = config or DEMO_CONFIG
+    path = config or CONFIGURATION
     try:
         loaded = load_config(path)
         https = _address(https_address, loaded.server.https.address, "--https-address")
