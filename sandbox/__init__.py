@@ -13,7 +13,7 @@ from bulkhead.sandbox.errors import (
     SandboxError,
     UnknownModule,
 )
-from bulkhead.sandbox.limits import Limits, format_quantity, parse_duration, parse_quantity
+from bulkhead.sandbox.limits import Limits, format_quantity, largest, parse_duration, parse_quantity
 from bulkhead.sandbox.module import Abi, ModuleInfo, check_runnable, describe, digest_of, parse_digest
 from bulkhead.sandbox.outcome import Outcome, RunResult, Usage
 from bulkhead.sandbox.sandbox import Sandbox, SandboxOptions
@@ -43,6 +43,7 @@ __all__ = [
     "describe",
     "digest_of",
     "format_quantity",
+    "largest",
     "parse_digest",
     "parse_duration",
     "parse_quantity",

@@ -22,6 +22,7 @@ class InvalidModuleReason(StrEnum):
     NO_MEMORY = "NO_MEMORY"  # WASI needs an exported memory
     COMPILE_LIMIT = "COMPILE_LIMIT"
     DIGEST_MISMATCH = "DIGEST_MISMATCH"
+    NOT_RUNNABLE = "NOT_RUNNABLE"  # all of the above is well, and the runtime does not start it
 
 
 class InvalidModule(Exception):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from bulkhead.sandbox.errors import InvalidRequest
@@ -86,6 +87,17 @@ class Limits:
             value, most = getattr(self, field.name), getattr(maximum, field.name)
             if value is not None and most is not None and value > most:
                 raise InvalidRequest(f"limit {field.name} is {value}; this server allows at most {most}")
+
+
+def largest(every: Sequence[Limits]) -> Limits:
+    """The largest value of each limit. Fuel stays unlimited: CPU time bounds it anyway."""
+    return Limits(
+        **{
+            field.name: max(getattr(limits, field.name) for limits in every)
+            for field in fields(Limits)
+            if field.name != "fuel"
+        }
+    )
 
 
 # Below the lower bound nothing can run; above the upper one the mechanism behind the limit

@@ -7,8 +7,8 @@ import contextlib
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from bulkhead.sandbox.cache import CompileCache
@@ -25,7 +25,7 @@ from bulkhead.sandbox.errors import (
 from bulkhead.sandbox.exec_launcher import ExecLauncher
 from bulkhead.sandbox.files import make_private_directory
 from bulkhead.sandbox.launch import Exit, Job, Launcher
-from bulkhead.sandbox.limits import Limits
+from bulkhead.sandbox.limits import Limits, largest
 from bulkhead.sandbox.module import ModuleInfo, check_fits, check_runnable, describe, digest_of
 from bulkhead.sandbox.outcome import Outcome, RunResult, Usage
 from bulkhead.sandbox.slots import Slots
@@ -40,6 +40,15 @@ _MOST_ARGUMENTS = 256
 _MOST_LOADED = 128
 # From SIGKILL to the report of the end; only a machine in trouble takes longer.
 _REAP_SECONDS = 0.5
+# A module that does not come to an end on no input has been started, which is all that a probe asks.
+_PROBE_SECONDS = 0.25
+_NOT_STARTED = frozenset({Outcome.START_FAILED, Outcome.SANDBOX_CRASH, Outcome.SANDBOX_VIOLATION})
+# What wasmtime says before a guest has run.
+_RUNTIME_REFUSALS = (
+    "Error: failed to run main module",
+    "Error: failed to load module",
+    "Error: support for compiling modules",
+)
 _DEFAULT_LIMITS = Limits()
 _MAXIMUM_LIMITS = Limits(
     memory_bytes=1 << 30,
@@ -209,6 +218,32 @@ class Sandbox:
         loaded.info.require_entry_point(entry_point)
         await self._compiled(loaded, metered=metered)
         self._pin(loaded)
+
+    async def probe(self, digest: str, entry_point: str, *, limits: Limits) -> None:
+        """Starts a module on an empty input. What it makes of that does not matter.
+
+        Raises InvalidModule where the runtime cannot start it, UnknownModule, InvalidRequest, SandboxError.
+        """
+        limits = replace(limits, wall_seconds=min(limits.wall_seconds, _PROBE_SECONDS))
+        result = await self.run(digest, entry_point, limits=limits)
+        words = result.stderr.decode(errors="replace") + result.diagnostics
+        if result.outcome in _NOT_STARTED or (
+            result.outcome is Outcome.EXIT_NONZERO and words.startswith(_RUNTIME_REFUSALS)
+        ):
+            why = words.strip().rpartition("\n")[2].strip() or result.message
+            raise InvalidModule(InvalidModuleReason.NOT_RUNNABLE, f"the runtime cannot start it: {why}")
+
+    def release(self, digests: Iterable[str]) -> None:
+        """Unloads modules that were loaded for good. Runs of them end as they would."""
+        for digest in digests:
+            if (loaded := self._loaded.get(digest)) is not None:
+                loaded.pinned = False
+                self._forget(digest)
+
+    def allow(self, limits: Limits, maximum_limits: Limits) -> None:
+        """Changes the limits of runs that ask for none, and lets runs ask for more than before."""
+        most = largest([maximum_limits, self.options.maximum_limits])
+        self.options = replace(self.options, limits=limits, maximum_limits=most)
 
     def delete(self, digest: str) -> None:
         """Removes a module from the store, and its compiled code. Raises UnknownModule.

@@ -34,11 +34,14 @@ class Acceptor:
     def __init__(
         self,
         listener: socket.socket,
-        tls: ssl.SSLContext,
+        tls: ssl.SSLContext | None,
         factory: Callable[[], asyncio.Protocol],
         count_open: Callable[[], int],
     ) -> None:
-        """`factory` makes what serves a connection, `count_open` tells how many it serves now."""
+        """`factory` makes what serves a connection, `count_open` tells how many it serves now.
+
+        With `tls` None, connections are in plaintext.
+        """
         self._listener = listener
         self._tls = tls
         self._factory = factory
@@ -51,6 +54,10 @@ class Acceptor:
         """Begins to accept."""
         self._listener.setblocking(False)
         self._task = asyncio.create_task(self._accept())
+
+    def set_context(self, tls: ssl.SSLContext | None) -> None:
+        """For connections that are accepted from now on; None: plaintext."""
+        self._tls = tls
 
     async def stop(self) -> None:
         """Accepts nothing more; connections that were handed over stay."""
@@ -83,15 +90,24 @@ class Acceptor:
         try:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             async with self._handshakes:
+                tls = self._tls
                 await loop.connect_accepted_socket(
-                    self._factory, connection, ssl=self._tls, ssl_handshake_timeout=_HANDSHAKE_SECONDS
+                    self._factory,
+                    connection,
+                    ssl=tls,
+                    ssl_handshake_timeout=None if tls is None else _HANDSHAKE_SECONDS,
                 )
         except OSError as error:  # ssl.SSLError and TimeoutError are such
             connection.close()
-            _log.debug("handshake_failed", error=type(error).__name__)
+            _log.debug("handshake_failed", error=type(error).__name__, reason=_reason(error))
         except asyncio.CancelledError:
             connection.close()
             raise
+
+
+def _reason(error: OSError) -> str:
+    """Why, in OpenSSL's words; empty where it does not say."""
+    return str(getattr(error, "verify_message", "") or getattr(error, "reason", "") or "")
 
 
 def _reset(connection: socket.socket) -> None:

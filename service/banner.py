@@ -6,6 +6,7 @@ import shlex
 import sys
 
 from bulkhead.service.supervisor import Serving
+from bulkhead.service.tls import TlsMaterial
 
 _REVIEW = '{"apiVersion":"authentication.k8s.io/v1","kind":"TokenReview","spec":{"token":"magic-token"}}'
 
@@ -27,31 +28,52 @@ def banner(serving: Serving, *, demo: bool) -> str:
     """The text, with commands that work as they are pasted."""
     runtime = serving.runtime
     which = "wasmtime-min" if runtime.minimal else "the full binary"
+    generation = serving.generation
+    https = "https" if generation.https_tls else "http"
     lines = [
         f"Bulkhead is ready{', on its built-in demo configuration' if demo else ''}.",
         "",
-        f"  HTTPS           https://{serving.https_address}  /authn /authz /validate /mutate",
-        f"  gRPC            {serving.grpc_address}",
-        f"  CA certificate  {serving.tls.ca_certificate}",
-        f"  state           {serving.state_dir}",
+        f"  HTTPS           {https}://{serving.https_address}  /authn /authz /validate /mutate"
+        f"{_clients(generation.https_tls)}",
+        f"  gRPC            {serving.grpc_address}{_clients(generation.grpc_tls)}",
+        *([f"  CA certificate  {serving.ca_certificate}"] if serving.ca_certificate else []),
+        f"  state           {serving.options.state_dir}",
         f"  wasmtime        {runtime.version}, runs use {which}",
         "",
         *_modules(serving),
         "",
-        "Ask it over HTTPS:",
-        "",
-        f"curl --cacert {shlex.quote(str(serving.tls.ca_certificate))} \\",
-        "  -H 'Content-Type: application/json' \\",
-        f"  --data {shlex.quote(_REVIEW)} \\",
-        f"  https://{_reachable(serving.https_address)}/authn",
-        "",
-        "or over gRPC:",
-        "",
-        _SNIPPET.format(python=shlex.quote(sys.executable), address=serving.grpc_address, review=_REVIEW),
-        "",
+        *_first_tries(serving, f"{https}://{_reachable(serving.https_address)}/authn"),
         "Ctrl-C stops it.",
     ]
     return "\n".join(lines)
+
+
+def _clients(tls: TlsMaterial | None) -> str:
+    if tls is None:
+        return "  (plain text)"
+    return "  (clients need a certificate)" if tls.client_ca is not None else ""
+
+
+def _first_tries(serving: Serving, url: str) -> list[str]:
+    """What can be pasted where no client certificate is needed."""
+    lines: list[str] = []
+    https_tls = serving.generation.https_tls
+    if https_tls is None or https_tls.client_ca is None:
+        authority = serving.ca_certificate
+        lines += ["Ask it over HTTPS:" if https_tls else "Ask it over HTTP:", ""]
+        lines += [f"curl --cacert {shlex.quote(str(authority))} \\" if authority else "curl \\"]
+        lines += [
+            "  -H 'Content-Type: application/json' \\",
+            f"  --data {shlex.quote(_REVIEW)} \\",
+            f"  {url}",
+            "",
+        ]
+    if serving.generation.grpc_tls is None:
+        snippet = _SNIPPET.format(
+            python=shlex.quote(sys.executable), address=_reachable(serving.grpc_address), review=_REVIEW
+        )
+        lines += ["or over gRPC:" if lines else "Ask it over gRPC:", "", snippet, ""]
+    return lines
 
 
 def _reachable(address: str) -> str:
@@ -64,4 +86,7 @@ def _modules(serving: Serving) -> list[str]:
     if not serving.modules:
         return ["  no modules are configured: every review gets its default answer"]
     width = max(len(each.name) for each in serving.modules)
-    return [f"  {each.section:<15} {each.name:<{width}}  {each.digest}" for each in serving.modules]
+    return [
+        f"  {each.section:<15} {each.name:<{width}}  {each.digest or 'CANNOT BE USED, see the log'}"
+        for each in serving.modules
+    ]

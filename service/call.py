@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import base64
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -38,6 +38,7 @@ from bulkhead.service.words import clean
 
 INVALID_OUTPUT = "invalid_output"
 MODULE_ERROR = "module_error"
+NOT_USABLE = "not_usable"
 OVERLOADED = "overloaded"
 SANDBOX_ERROR = "sandbox_error"
 
@@ -58,6 +59,8 @@ class Failure:
 
     reason: str
     """One word: the outcome of its run, or one of the constants above."""
+    details: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+    """What is known of it, as the log has it but not masked: for the operator's eyes only."""
 
     def told(self, name: str) -> str:
         """What clients are told: nothing of the host, and nothing that the module wrote."""
@@ -74,6 +77,8 @@ class Answered(Generic[_T]):
     """With the time that it waited for its turn."""
     usage: Usage | None
     """None if no process ran."""
+    stderr: bytes = field(default=b"", repr=False)
+    """What the module wrote there, not masked: for the operator's eyes only."""
 
     def for_log(self) -> dict[str, object]:
         """The fields of a log event that tell of this question."""
@@ -115,6 +120,8 @@ class ReviewModule:
     settings: bytes | None
     """As JSON; None when none are configured."""
     debug: bool
+    not_usable: str = ""
+    """Why it cannot be asked, if it cannot: it then fails whenever it is."""
 
     async def ask(
         self,
@@ -137,11 +144,14 @@ class ReviewModule:
             result = await self._run(sandbox, self._input(review), deadline)
             answer = await run_sized(len(result.stdout), _read_answer, result, read)
         except _Failed as failed:
-            answer = Failure(failed.reason)
+            answer = Failure(failed.reason, failed.details)
             self._log_failure(failed, result, mask)
         if self.debug:
             await run_sized(len(review), self._log_debug, review, result, mask)
-        return Answered(self.name, answer, time.monotonic() - start, result.usage if result else None)
+        wall_seconds = time.monotonic() - start
+        if result is None:
+            return Answered(self.name, answer, wall_seconds, None)
+        return Answered(self.name, answer, wall_seconds, result.usage, result.stderr)
 
     def _input(self, review: bytes) -> bytes:
         # Spliced, not written anew: the module sees numbers and escapes as they were sent.
@@ -149,6 +159,8 @@ class ReviewModule:
         return b'{"request":' + review + settings + b"}"
 
     async def _run(self, sandbox: Sandbox, stdin: bytes, deadline: float | None) -> RunResult:
+        if self.not_usable:
+            raise _Failed(NOT_USABLE, details=self.not_usable)
         try:
             return await sandbox.run(
                 self.digest, self.entry_point, stdin=stdin, limits=self.limits, deadline=deadline

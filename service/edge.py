@@ -15,12 +15,15 @@ from bulkhead.sandbox import (
     UnknownModule,
 )
 from bulkhead.service.errors import BadReview, ModuleFailed, Undecided
+from bulkhead.service.identity import NotAdmin, NotAllowed, Unauthenticated
 
 
 class Code(enum.Enum):
     """The gRPC status codes that we use, by name: the HTTPS worker does not load grpc."""
 
     INVALID_ARGUMENT = enum.auto()
+    UNAUTHENTICATED = enum.auto()
+    PERMISSION_DENIED = enum.auto()
     NOT_FOUND = enum.auto()
     FAILED_PRECONDITION = enum.auto()
     RESOURCE_EXHAUSTED = enum.auto()
@@ -51,6 +54,9 @@ class Fault:
 _FAULTS: tuple[tuple[type[Exception], HTTPStatus, Code, str], ...] = (
     (BadReview, HTTPStatus.BAD_REQUEST, Code.INVALID_ARGUMENT, "BAD_REVIEW"),
     (InvalidRequest, HTTPStatus.BAD_REQUEST, Code.INVALID_ARGUMENT, "INVALID_REQUEST"),
+    (Unauthenticated, HTTPStatus.UNAUTHORIZED, Code.UNAUTHENTICATED, "UNAUTHENTICATED"),
+    (NotAdmin, HTTPStatus.FORBIDDEN, Code.PERMISSION_DENIED, "NOT_ADMIN"),
+    (NotAllowed, HTTPStatus.FORBIDDEN, Code.PERMISSION_DENIED, "NOT_ALLOWED"),
     (UnknownModule, HTTPStatus.NOT_FOUND, Code.NOT_FOUND, "UNKNOWN_MODULE"),
     (InUse, HTTPStatus.CONFLICT, Code.FAILED_PRECONDITION, "MODULE_IN_USE"),
     (Overloaded, HTTPStatus.SERVICE_UNAVAILABLE, Code.RESOURCE_EXHAUSTED, "OVERLOADED"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import ssl
 import time
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
@@ -17,8 +16,11 @@ from aiohttp.http_exceptions import HttpProcessingError
 
 from bulkhead.sandbox import parse_duration
 from bulkhead.service.acceptor import Acceptor
+from bulkhead.service.clients import Clients
 from bulkhead.service.edge import fault_of
+from bulkhead.service.identity import NotAllowed, Unauthenticated
 from bulkhead.service.review import Stage
+from bulkhead.service.tls import TlsMaterial
 
 _log = structlog.get_logger()
 
@@ -90,9 +92,13 @@ class HttpsServer:
         self.most_held_bytes = _LARGEST_BODIES * max_body_bytes
         self._acceptor: Acceptor | None = None
         self._protocol: web.Server | None = None
+        self._clients = Clients(None)
+        # Connections with a request that is being read or answered.
+        self._busy: set[web.RequestHandler] = set()
 
-    def start(self, listener: socket.socket, tls: ssl.SSLContext) -> None:
-        """Begins to accept."""
+    def start(self, listener: socket.socket, tls: TlsMaterial | None) -> None:
+        """Begins to accept; in plaintext if `tls` is None. Raises TlsError."""
+        self._clients.set_tls(tls)
         self._protocol = web.Server(
             self._handle,
             access_log=None,
@@ -104,8 +110,25 @@ class HttpsServer:
             handler_cancellation=True,  # a client that goes away ends its runs
         )
         protocol = self._protocol
-        self._acceptor = Acceptor(listener, tls, protocol, lambda: len(protocol.connections))
+        self._acceptor = Acceptor(
+            listener, self._clients.context, protocol, lambda: len(protocol.connections)
+        )
         self._acceptor.start()
+
+    async def set_tls(self, tls: TlsMaterial | None) -> None:
+        """Sets the certificates and names that count from now on. Raises TlsError, and changes nothing.
+
+        Open connections go on, and new names count for them, too. Those whose clients would have to be
+        verified anew are closed: idle ones at once, others after their response.
+        """
+        self._clients.set_tls(tls)
+        if self._acceptor is None or self._protocol is None:
+            return
+        self._acceptor.set_context(self._clients.context)
+        for connection in self._protocol.connections:
+            transport = connection.transport
+            if connection not in self._busy and transport is not None and self._clients.is_stale(transport):
+                connection.close()
 
     async def stop(self, grace_seconds: float) -> None:
         """Accepts nothing more, lets requests in flight finish, then closes all connections."""
@@ -117,13 +140,17 @@ class HttpsServer:
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         start = time.monotonic()
+        self._busy.add(request.protocol)
         try:
             response = await self._respond(request, start)
+            self._close_if_stale(request, response)
         except asyncio.CancelledError:
             _log.info(
                 "request_cancelled", path=request.path[:100], seconds=round(time.monotonic() - start, 6)
             )
             raise
+        finally:
+            self._busy.discard(request.protocol)
         _log.debug(
             "request",
             path=request.path[:100],
@@ -132,10 +159,17 @@ class HttpsServer:
         )
         return response
 
+    def _close_if_stale(self, request: web.BaseRequest, response: web.Response) -> None:
+        """Another certificate of the client's needs another connection."""
+        transport = request.transport
+        if response.status == HTTPStatus.UNAUTHORIZED or (transport and self._clients.is_stale(transport)):
+            response.force_close()
+
     async def _respond(self, request: web.BaseRequest, start: float) -> web.Response:
         try:
             if request.path in ("/healthz", "/readyz"):
                 return _health(request)
+            self._require_client(request)
             answer, deadline = self._check_head(request, start)
             return await self._answer(request, answer, deadline)
         except _Refused as refusal:
@@ -168,6 +202,16 @@ class HttpsServer:
     def _require_room(self) -> None:
         if self._in_flight >= self._max_in_flight:
             raise _overloaded()
+
+    def _require_client(self, request: web.BaseRequest) -> None:
+        if request.transport is None:
+            raise ConnectionResetError
+        try:
+            self._clients.require(request.transport)
+        except Unauthenticated as error:
+            raise _Refused(HTTPStatus.UNAUTHORIZED, str(error)) from None
+        except NotAllowed as error:
+            raise _Refused(HTTPStatus.FORBIDDEN, str(error)) from None
 
     def _check_head(self, request: web.BaseRequest, start: float) -> tuple[Answer, float | None]:
         """All that can be refused before the body is read."""

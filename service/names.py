@@ -25,13 +25,21 @@ class ModuleNames:
     def __init__(self, modules: Iterable[NamedModule]) -> None:
         """A module is known as SECTION/NAME, and as NAME alone where that means one digest only."""
         self._digests: dict[str, str] = {}
+        self.replace(modules)
+
+    def replace(self, modules: Iterable[NamedModule]) -> None:
+        """Knows these modules from now on, and no others."""
+        digests: dict[str, str] = {}
         ambiguous = set()
         for module in modules:
-            self._digests[f"{module.section}/{module.name}"] = module.digest
-            if self._digests.setdefault(module.name, module.digest) != module.digest:
+            if not module.digest:
+                continue  # it cannot be used
+            digests[f"{module.section}/{module.name}"] = module.digest
+            if digests.setdefault(module.name, module.digest) != module.digest:
                 ambiguous.add(module.name)
         for name in ambiguous:
-            del self._digests[name]
+            del digests[name]
+        self._digests = digests
 
     def digest(self, name_or_digest: str) -> str:
         """Raises UnknownModule."""

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import click
@@ -16,21 +17,26 @@ from bulkhead.sandbox import SandboxError
 from bulkhead.sandbox.files import write_atomically
 from bulkhead.service.banner import banner
 from bulkhead.service.cli import EXIT_FAILED, EXIT_USAGE
-from bulkhead.service.config import Address, ConfigError, load_config
+from bulkhead.service.config import Address, ConfigError, GrpcConfig, HttpsConfig, exposed
+from bulkhead.service.configfiles import ConfigFiles
 from bulkhead.service.demo import CONFIGURATION
+from bulkhead.service.generation import ServeOptions
 from bulkhead.service.log import Format, configure_logging
 from bulkhead.service.state import state_dir as find_state_dir
-from bulkhead.service.supervisor import ServeOptions, Serving, Supervisor, WorkerFailed
+from bulkhead.service.supervisor import Serving, Supervisor
+from bulkhead.service.worker_process import WorkerFailed
 
 _log = structlog.get_logger()
 
 
 def serve(
-    config: Path | None,
+    files: ConfigFiles,
     state_dir: Path | None,
     wasmtime: Path | None,
     https_address: str | None,
     grpc_address: str | None,
+    insecure: bool,
+    allow_broken_modules: bool,
     log_level: str,
     log_format: Format | None,
     ready_file: Path | None,
@@ -38,26 +44,25 @@ def serve(
     """Serves until it is told to stop; returns the exit code."""
     chosen_format: Format = log_format or ("text" if sys.stderr.isatty() else "json")
     configure_logging(log_level, chosen_format)
-    path = config or CONFIGURATION
+    demo = not files.paths
+    if demo:
+        files = ConfigFiles(bulkhead=CONFIGURATION)
     try:
-        loaded = load_config(path)
-        https = _address(https_address, loaded.server.https.address, "--https-address")
-        grpc = _address(grpc_address, loaded.server.grpc.address, "--grpc-address")
-        if not grpc.is_loopback:
-            raise click.UsageError(
-                "--grpc-address: expected a loopback address; this version has no TLS for gRPC"
-            )
+        loaded = files.load(insecure=insecure)
+        https = _address(https_address, loaded.server.https, "--https-address", insecure=insecure)
+        grpc = _address(grpc_address, loaded.server.grpc, "--grpc-address", insecure=insecure)
         options = ServeOptions(
-            config_path=path.absolute(),
-            config=loaded,
+            files=files,
             state_dir=find_state_dir(state_dir or loaded.server.state_dir),
             wasmtime=wasmtime or loaded.server.wasmtime,
             https=https,
             grpc=grpc,
+            insecure=insecure,
+            allow_broken_modules=allow_broken_modules,
             log_level=log_level,
             log_format=chosen_format,
         )
-        asyncio.run(_serve(options, ready_file, demo=config is None))
+        asyncio.run(_serve(options, ready_file, demo=demo))
     except (ConfigError, click.UsageError) as error:
         click.echo(f"bulkhead: {error}", err=True)
         return EXIT_USAGE
@@ -67,13 +72,18 @@ def serve(
     return 0
 
 
-def _address(given: str | None, configured: Address, option: str) -> Address:
-    if given is None:
-        return configured
-    try:
-        return Address.parse(given)
-    except ValueError as error:
-        raise click.UsageError(f"{option}: {error}") from None
+def _address(given: str | None, section: HttpsConfig | GrpcConfig, option: str, *, insecure: bool) -> Address:
+    address = section.address
+    if given is not None:
+        try:
+            address = Address.parse(given)
+        except ValueError as error:
+            raise click.UsageError(f"{option}: {error}") from None
+    if section.plaintext and not address.is_loopback:
+        if not insecure:
+            raise click.UsageError(f"{option}: {exposed(address)}")
+        _log.warning("INSECURE", address=str(address), why="others can read and change what is said there")
+    return address
 
 
 async def _serve(options: ServeOptions, ready_file: Path | None, *, demo: bool) -> None:
@@ -88,10 +98,11 @@ async def _serve(options: ServeOptions, ready_file: Path | None, *, demo: bool) 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
+    loop.add_signal_handler(signal.SIGHUP, supervisor.ask_reload)
     try:
         serving = await starting
         _announce(serving, ready_file, demo=demo)
-        await supervisor.run(stop, stop_now)
+        await supervisor.run(stop, stop_now, partial(_write_ready_file, ready_file))
         _log.info("stopped")
     except asyncio.CancelledError:
         if not stop.is_set():
@@ -105,9 +116,13 @@ async def _serve(options: ServeOptions, ready_file: Path | None, *, demo: bool) 
 def _announce(serving: Serving, ready_file: Path | None, *, demo: bool) -> None:
     click.echo(banner(serving, demo=demo))
     sys.stdout.flush()
+    _write_ready_file(ready_file, serving)
+    _log.info("ready", https=serving.https_address, grpc=serving.grpc_address, pid=os.getpid())
+
+
+def _write_ready_file(ready_file: Path | None, serving: Serving) -> None:
     if ready_file is not None:
         write_atomically(ready_file.absolute(), json.dumps(_document(serving), indent=2).encode() + b"\n")
-    _log.info("ready", https=serving.https_address, grpc=serving.grpc_address, pid=os.getpid())
 
 
 def _forget(ready_file: Path | None) -> None:
@@ -116,13 +131,15 @@ def _forget(ready_file: Path | None) -> None:
 
 
 def _document(serving: Serving) -> dict[str, object]:
+    authority = serving.ca_certificate
     return {
         "httpsAddress": serving.https_address,
         "grpcAddress": serving.grpc_address,
-        "caCertificate": str(serving.tls.ca_certificate),
-        "stateDir": str(serving.state_dir),
+        "caCertificate": str(authority) if authority else None,
+        "stateDir": str(serving.options.state_dir),
         "wasmtime": serving.runtime.version,
         "pid": os.getpid(),
+        "generation": serving.generation.number,
         "modules": [
             {"section": each.section, "name": each.name, "digest": each.digest} for each in serving.modules
         ],

@@ -1,4 +1,4 @@
-"""`bulkhead serve`: prepares everything once, then keeps one worker for each front end alive.
+"""`bulkhead serve`: makes generations, and keeps one worker for each front end alive that serves them.
 
 A small process: it loads neither grpc nor an HTTP server, has no threads while workers start, and
 answers nothing itself. It holds the HTTPS socket, so that connections wait, rather than fail, while a
@@ -8,50 +8,52 @@ worker is replaced. When it dies, the workers do.
 from __future__ import annotations
 
 import asyncio
-import json
 import os
-import signal
 import socket
-import subprocess
-import sys
 import time
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Coroutine, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import structlog
 
-from bulkhead.sandbox import Runtime, Sandbox
-from bulkhead.service.config import Address, Config
-from bulkhead.service.configured import sandbox_options
+from bulkhead.sandbox import Runtime, SandboxError
+from bulkhead.service.config import Address, Config, ConfigError
+from bulkhead.service.generation import (
+    Generation,
+    ServeOptions,
+    files_of,
+    make_generation,
+    needs_restart,
+    uses_network,
+    with_fresh_certificates,
+)
 from bulkhead.service.listener import listen
-from bulkhead.service.log import Format
-from bulkhead.service.names import NamedModule
-from bulkhead.service.review import Reviewer
-from bulkhead.service.tls import TlsFiles, ensure_certificate
+from bulkhead.service.watch import FileWatch
 from bulkhead.service.worker import Role, WorkerSettings
+from bulkhead.service.worker_process import WorkerFailed, WorkerProcess
 
 _log = structlog.get_logger()
 
-_READY_SECONDS = 60.0
 _FIRST_BACKOFF_SECONDS, _LONGEST_BACKOFF_SECONDS = 0.05, 5.0
 # A worker that lived so long has not died from its start: begin with the short pause again.
 _STABLE_SECONDS = 30.0
 # Beyond the configured grace time, for a worker to kill its runs and leave.
 _STOP_SLACK_SECONDS = 3.0
+_LOOK_SECONDS = 1.0
+# Where a server may be back by then that a module comes from.
+_RETRY_SECONDS = 60.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServeOptions:
-    """What the command line and the configuration say together."""
+class ServedModule(NamedTuple):
+    """A module of the generation that is served."""
 
-    config_path: Path
-    config: Config
-    state_dir: Path
-    wasmtime: Path | None
-    https: Address
-    grpc: Address
-    log_level: str
-    log_format: Format
+    section: str
+    name: str
+    digest: str
+    """Empty for one that cannot be used."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,167 +62,98 @@ class Serving:
 
     https_address: str
     grpc_address: str
-    tls: TlsFiles
-    state_dir: Path
+    options: ServeOptions
     runtime: Runtime
-    modules: tuple[NamedModule, ...]
+    generation: Generation
 
+    @property
+    def ca_certificate(self) -> Path | None:
+        """The authority that Bulkhead has made for itself; None where certificates are configured."""
+        https = self.generation.config.server.https
+        made = https.certificate is None and not https.plaintext
+        return self.options.state_dir / "tls" / "ca.crt" if made else None
 
-class WorkerFailed(Exception):
-    """A worker did not get ready. The text is its own complaint."""
-
-
-@dataclass(slots=True)
-class _Worker:
-    """One front end's process, replaced when it dies."""
-
-    settings: WorkerSettings
-    process: subprocess.Popen[bytes] | None = None
-    stopping: bool = False
-    ended: asyncio.Event = field(default_factory=asyncio.Event)
-
-    async def start(self) -> int:
-        """Starts the process and waits until it is ready; returns its port. Raises WorkerFailed."""
-        ready_read, ready_write = os.pipe()
-        settings = replace(self.settings, ready_fd=ready_write)
-        fds = [fd for fd in (settings.lifeline_fd, ready_write, settings.listener_fd) if fd >= 0]
-        command = [sys.executable, "-m", "bulkhead.service.worker", settings.to_json()]
-        self.ended = asyncio.Event()
-        try:
-            # No preexec_fn: Popen then uses vfork, and the child is never a copy of this process.
-            self.process = subprocess.Popen(  # noqa: ASYNC220 - it returns at once
-                command, pass_fds=fds, stdin=subprocess.DEVNULL
-            )
-        finally:
-            os.close(ready_write)
-        self._watch(self.process.pid)
-        try:
-            async with asyncio.timeout(_READY_SECONDS):
-                message = await _read_all(ready_read)
-        except TimeoutError:
-            self.process.kill()  # not self.kill(): this is no stop, and another may be started
-            await self.ended.wait()
-            raise WorkerFailed(f"the {settings.role} worker was not ready in {_READY_SECONDS:g} s") from None
-        told = json.loads(message or b"{}")
-        if "port" not in told:
-            await self.ended.wait()
-            status = self.process.returncode
-            raise WorkerFailed(
-                told.get("error") or f"the {settings.role} worker died at its start (status {status})"
-            )
-        self.settings = replace(self.settings, port=int(told["port"]))
-        return self.settings.port
-
-    def _watch(self, pid: int) -> None:
-        """Sets `ended` when the process has ended and is reaped."""
-        loop = asyncio.get_running_loop()
-        pidfd = os.pidfd_open(pid)
-        ended, process = self.ended, self.process
-
-        def on_end() -> None:
-            loop.remove_reader(pidfd)
-            os.close(pidfd)
-            assert process is not None
-            process.wait()
-            ended.set()
-
-        loop.add_reader(pidfd, on_end)
-
-    def terminate(self) -> None:
-        self.stopping = True
-        if self.process is not None and not self.ended.is_set():
-            self.process.send_signal(signal.SIGTERM)
-
-    def kill(self) -> None:
-        self.stopping = True
-        if self.process is not None and not self.ended.is_set():
-            self.process.kill()
-
-    async def keep_alive(self) -> None:
-        """Replaces the process whenever it dies, until it is told to stop."""
-        backoff = _FIRST_BACKOFF_SECONDS
-        while True:
-            started_at = time.monotonic()
-            await self.ended.wait()
-            if self.stopping or self.process is None:
-                return
-            _log.error("worker_died", worker=self.settings.role, status=self.process.returncode)
-            if time.monotonic() - started_at > _STABLE_SECONDS:
-                backoff = _FIRST_BACKOFF_SECONDS
-            await asyncio.sleep(backoff)
-            backoff = min(backoff * 2, _LONGEST_BACKOFF_SECONDS)
-            if self.stopping:
-                return
-            try:
-                await self.start()
-                _log.warning("worker_restarted", worker=self.settings.role)
-            except WorkerFailed as error:
-                _log.error("worker_not_restarted", worker=self.settings.role, error=str(error))
+    @property
+    def modules(self) -> tuple[ServedModule, ...]:
+        return tuple(ServedModule(*key, pin.digest) for key, pin in self.generation.pins.items())
 
 
 class Supervisor:
-    """Owns the listening socket, the lifeline and the workers."""
+    """Owns the listening socket, the workers, and what they serve."""
 
     def __init__(self, options: ServeOptions) -> None:
         self._options = options
-        self._workers: list[_Worker] = []
-        self._lifeline_read, self._lifeline_write = os.pipe()
+        self._workers: list[WorkerProcess] = []
         self._listener: socket.socket | None = None
+        self._serving: Serving | None = None
+        self._switching = asyncio.Lock()
+        """Held while a worker starts, and while workers go from one generation to the next."""
+        self._watch = FileWatch()
+        self._watched = frozenset(options.files.paths)
+        self._tried: dict[Path, str] = {}
+        """The content of the watched files when a generation was last made, or tried to be."""
+        self._tried_at = 0.0
+        self._reload_asked = asyncio.Event()
 
     async def start(self) -> Serving:
-        """Prepares modules and certificate, starts the workers, and waits until both answer.
+        """Makes the first generation, starts the workers, and waits until both answer.
 
         Raises SandboxError, ConfigError or WorkerFailed; each text is for people.
         """
-        options, config = self._options, self._options.config
-        tls = ensure_certificate(options.state_dir / "tls", options.https.host)
+        options = self._options
         self._listener = listen(options.https, "--https-address")
-        async with await Sandbox.open(
-            sandbox_options(config, options.state_dir, options.wasmtime)
-        ) as sandbox:
-            # Compiles once what both workers then take from the cache.
-            modules = (await Reviewer.open(config, sandbox)).modules
-            runtime = sandbox.runtime
+        config = await self._load()
+        generation, runtime = await make_generation(
+            options, config, 1, tolerate=lambda _: options.allow_broken_modules
+        )
         for warning in runtime.warnings:
             _log.warning("wasmtime", warning=warning)
         self._workers = [
-            _Worker(self._settings("https", self._listener.getsockname()[1], tls)),
-            _Worker(self._settings("grpc", options.grpc.port, tls)),
+            WorkerProcess(self._settings("https", options.https.host, self._listener.getsockname()[1])),
+            WorkerProcess(self._settings("grpc", options.grpc.host, options.grpc.port)),
         ]
-        https_port, grpc_port = await asyncio.gather(*(worker.start() for worker in self._workers))
-        return Serving(
+        https_port, grpc_port = await asyncio.gather(*(each.start(generation) for each in self._workers))
+        self._serving = Serving(
             https_address=str(Address(options.https.host, https_port)),
             grpc_address=str(Address(options.grpc.host, grpc_port)),
-            tls=tls,
-            state_dir=options.state_dir,
+            options=options,
             runtime=runtime,
-            modules=modules,
+            generation=generation,
         )
+        return self._serving
 
-    def _settings(self, role: Role, port: int, tls: TlsFiles) -> WorkerSettings:
+    def _settings(self, role: Role, host: str, port: int) -> WorkerSettings:
         options = self._options
-        address = options.https if role == "https" else options.grpc
         assert self._listener is not None
         return WorkerSettings(
             role=role,
-            config=str(options.config_path),
             state_dir=str(options.state_dir),
             wasmtime=str(options.wasmtime) if options.wasmtime else None,
             log_level=options.log_level,
             log_format=options.log_format,
             supervisor_pid=os.getpid(),
-            lifeline_fd=self._lifeline_read,
-            ready_fd=-1,
-            host=address.host,
+            control_fd=-1,
+            host=host,
             port=port,
             listener_fd=self._listener.fileno() if role == "https" else -1,
-            certificate=str(tls.certificate),
-            key=str(tls.key),
         )
 
-    async def run(self, stop: asyncio.Event, stop_now: asyncio.Event) -> None:
-        """Keeps the workers alive until `stop`; then lets them finish, or not, on `stop_now`."""
-        keeping = [asyncio.create_task(worker.keep_alive()) for worker in self._workers]
+    @property
+    def _generation(self) -> Generation:
+        assert self._serving is not None
+        return self._serving.generation
+
+    # Running
+
+    async def run(
+        self, stop: asyncio.Event, stop_now: asyncio.Event, announce: Callable[[Serving], None]
+    ) -> None:
+        """Keeps the workers alive and up to date until `stop`; then lets them finish, or not, on `stop_now`.
+
+        `announce` is told what is served each time that it has changed.
+        """
+        running = [asyncio.create_task(self._keep_alive(worker)) for worker in self._workers]
+        running.append(asyncio.create_task(self._keep_up_to_date(announce)))
         await stop.wait()
         assert self._listener is not None
         self._listener.close()  # the workers close theirs: connections are refused, and do not wait in vain
@@ -228,44 +161,155 @@ class Supervisor:
             worker.terminate()
         hurry = asyncio.create_task(_wait(stop_now))
         ends = asyncio.create_task(self._wait_ended())
-        grace = self._options.config.server.grace_seconds + _STOP_SLACK_SECONDS
+        grace = self._generation.config.server.grace_seconds + _STOP_SLACK_SECONDS
         await asyncio.wait({hurry, ends}, timeout=grace, return_when=asyncio.FIRST_COMPLETED)
         for worker in self._workers:
             worker.kill()
         hurry.cancel()
         await ends
-        for task in keeping:
+        for task in running:
             task.cancel()
-        await asyncio.gather(*keeping, return_exceptions=True)
+        await asyncio.gather(*running, return_exceptions=True)
+
+    async def _keep_alive(self, worker: WorkerProcess) -> None:
+        """Replaces the process whenever it dies, until it is told to stop."""
+        backoff = _FIRST_BACKOFF_SECONDS
+        while True:
+            started_at = time.monotonic()
+            await worker.ended.wait()
+            if worker.stopping:
+                return
+            _log.error("worker_died", worker=worker.settings.role, status=worker.status)
+            if time.monotonic() - started_at > _STABLE_SECONDS:
+                backoff = _FIRST_BACKOFF_SECONDS
+            await asyncio.sleep(backoff)
+            backoff = min(backoff * 2, _LONGEST_BACKOFF_SECONDS)
+            async with self._switching:
+                if worker.stopping:
+                    return
+                try:
+                    await worker.start(self._generation)
+                    _log.warning("worker_restarted", worker=worker.settings.role)
+                except WorkerFailed as error:
+                    _log.error("worker_not_restarted", worker=worker.settings.role, error=str(error))
 
     async def _wait_ended(self) -> None:
         for worker in self._workers:
-            await worker.ended.wait()
+            await worker.wait_ended()
 
     async def close(self) -> None:
         """Ends whatever still runs."""
         for worker in self._workers:
             worker.kill()
-            if worker.process is not None:
-                await worker.ended.wait()
+        await self._wait_ended()
         if self._listener is not None:
             self._listener.close()
-        os.close(self._lifeline_read)
-        os.close(self._lifeline_write)
+
+    # Reloading
+
+    def ask_reload(self) -> None:
+        """Reads everything anew, whether or not it looks changed."""
+        self._reload_asked.set()
+
+    async def _keep_up_to_date(self, announce: Callable[[Serving], None]) -> None:
+        """Reloads when it is asked to, and when the content of a file has changed."""
+        seen: dict[Path, str] = {}
+        while True:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._reload_asked.wait(), _LOOK_SECONDS)
+            before, seen = seen, await self._look()
+            # A file that is just being written is left alone until it stays the same for a while.
+            changed = seen != self._tried and seen == before
+            if self._reload_asked.is_set() or changed or self._may_try_again():
+                self._reload_asked.clear()
+                try:
+                    await self._reload(announce)
+                except Exception:
+                    _log.exception("reload_failed", generation=self._generation.number)
+
+    def _may_try_again(self) -> bool:
+        """Whether a module is missing that may be had by now."""
+        waited = time.monotonic() - self._tried_at > _RETRY_SECONDS
+        return waited and bool(self._generation.broken) and uses_network(self._generation.config)
+
+    async def _reload(self, announce: Callable[[Serving], None]) -> None:
+        """Goes to a new generation if all of it is good, else stays with the one there is."""
+        current = self._generation
+        try:
+            config = await self._load()
+            new, _ = await make_generation(
+                self._options,
+                config,
+                current.number + 1,
+                # What has been broken from the start need not be repaired first.
+                tolerate=lambda key: self._options.allow_broken_modules and key in current.broken,
+            )
+            await self._switch(new)
+        except (ConfigError, SandboxError, WorkerFailed) as error:
+            _log.error("reload_refused", generation=current.number, problems=str(error).splitlines())
+            await self._renew_certificates(announce)
+            return
+        _log.info("reloaded", generation=new.number, modules=len(new.pins))
+        if fixed := needs_restart(current.config, new.config):
+            _log.warning("restart_needed", keys=fixed, why="what they say now holds from the next start")
+        self._tell(announce)
+
+    async def _renew_certificates(self, announce: Callable[[Serving], None]) -> None:
+        """Certificates run out: they do not wait until the rest is repaired."""
+        current = self._generation
+        try:
+            new = await with_fresh_certificates(self._options, current)
+            if new is None:
+                return
+            await self._switch(new)
+        except (ConfigError, SandboxError, WorkerFailed) as error:
+            _log.error("certificates_refused", generation=current.number, problems=str(error).splitlines())
+            return
+        _log.info("certificates_reloaded", generation=new.number)
+        self._tell(announce)
+
+    async def _load(self) -> Config:
+        """Reads the configuration, and remembers what all that it names contains. Raises ConfigError."""
+        self._tried_at = time.monotonic()
+        # Looked at before it is read: what changes in between will look changed.
+        self._tried = await self._look()
+        config = self._options.files.load(insecure=self._options.insecure)
+        watched = {*self._options.files.paths, *files_of(config)}
+        if self._serving is not None:
+            watched |= files_of(self._generation.config)
+        self._watched = frozenset(watched)
+        before = self._tried
+        self._tried = {path: before.get(path, now) for path, now in (await self._look()).items()}
+        return config
+
+    async def _look(self) -> dict[Path, str]:
+        return await asyncio.to_thread(self._watch.look, self._watched)
+
+    async def _switch(self, new: Generation) -> None:
+        """Has all workers serve it, or none. Raises WorkerFailed."""
+        assert self._serving is not None
+        async with self._switching:
+            alive = [worker for worker in self._workers if not worker.ended.is_set()]
+            for error in await _all(worker.prepare(new) for worker in alive):
+                raise error
+            # From here on there is no way back; one that fails now is replaced by one that serves it.
+            self._serving = replace(self._serving, generation=new)
+            for error in await _all(worker.commit() for worker in alive):
+                _log.error("worker_not_switched", error=str(error))
+
+    def _tell(self, announce: Callable[[Serving], None]) -> None:
+        assert self._serving is not None
+        announce(self._serving)
+
+
+async def _all(asked: Iterable[Coroutine[None, None, None]]) -> list[WorkerFailed]:
+    """Waits for all of them, as each worker can be asked only one thing at a time; returns what failed."""
+    errors = await asyncio.gather(*asked, return_exceptions=True)
+    for error in errors:
+        if error is not None and not isinstance(error, WorkerFailed):
+            raise error
+    return [error for error in errors if isinstance(error, WorkerFailed)]
 
 
 async def _wait(event: asyncio.Event) -> None:
     await event.wait()
-
-
-async def _read_all(fd: int) -> bytes:
-    """Reads a pipe to its end, and closes it."""
-    reader = asyncio.StreamReader()
-    with os.fdopen(fd, "rb") as pipe:
-        transport, _ = await asyncio.get_running_loop().connect_read_pipe(
-            lambda: asyncio.StreamReaderProtocol(reader), pipe
-        )
-        try:
-            return await reader.read()
-        finally:
-            transport.close()

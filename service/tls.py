@@ -1,162 +1,236 @@
-"""The certificate that Bulkhead makes for itself, issued by an authority of its own to be trusted."""
+"""What a front end needs to speak TLS: its certificate, its key, and which clients it takes."""
 
 from __future__ import annotations
 
 import datetime
-import ipaddress
+import itertools
+import os
 import ssl
-from dataclasses import dataclass
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 
 from bulkhead.sandbox import SandboxError
-from bulkhead.sandbox.files import make_private_directory, write_atomically
+from bulkhead.service.configmodel import GrpcConfig, HttpsConfig, TlsConfig
 
-_AUTHORITY_DAYS = 3650
-_CERTIFICATE_DAYS = 365
-_RENEW_BEFORE = datetime.timedelta(days=30)
-_BACKDATE = datetime.timedelta(minutes=5)  # the client's clock may be behind ours
-_LOOPBACK = ("localhost", "127.0.0.1", "::1")
-_ANY_HOST = ("", "0.0.0.0", "::")  # noqa: S104 - names in no certificate
+_MOST_BYTES = 1 << 20  # of one file; a bundle of all public authorities is a fifth of that
+_ATTEMPTS, _PAUSE_SECONDS = 5, 0.1
+_PEM = serialization.Encoding.PEM
+
+Key = Literal["certificate", "key", "clientCA"]
+
+
+class TlsError(SandboxError):
+    """A certificate, a key or a bundle of authorities cannot be used; says why, in one sentence."""
+
+    def __init__(self, key: Key, message: str) -> None:
+        super().__init__(message)
+        self.key = key
+        """The key of the configuration that it is about."""
+
+
+class _DoNotFit(TlsError):
+    """Certificate and key are each good. They may have been read while they were being replaced."""
 
 
 @dataclass(frozen=True, slots=True)
-class TlsFiles:
-    """Paths of PEM files."""
+class TlsMaterial:
+    """All that a front end needs, in memory, so that it can be handed to another process."""
 
-    ca_certificate: Path
-    certificate: Path
-    key: Path
+    certificate: bytes
+    """PEM: the server's own, then its intermediate authorities'."""
+    key: bytes = field(repr=False)
+    """PEM, not encrypted."""
+    client_ca: bytes | None = None
+    """PEM: clients must have a certificate of one of these authorities. None: clients have none."""
+    allowed_names: tuple[str, ...] = ()
+    """Names of clients that may call; empty: all that have a certificate."""
+    admin_names: tuple[str, ...] = ()
+    """Names of clients that may change the module store as well."""
+
+    def check(self) -> None:
+        """Raises TlsError if no client could ever connect."""
+        chain = _certificates(self.certificate, "certificate", "the certificate")
+        key = _private_key(self.key)
+        if not _fits(chain[0], key):
+            raise _DoNotFit(
+                "key",
+                "the key does not fit the certificate: expected the key of its first certificate, "
+                f"{chain[0].subject.rfc4514_string() or 'which has no subject'}",
+            )
+        _require_valid_now(chain[0])
+        if self.client_ca is not None:
+            _require_authorities(self.client_authorities())
+        server_context(self)
+
+    def client_authorities(self) -> tuple[x509.Certificate, ...]:
+        """The certificates of `client_ca`; none if clients need none. Raises TlsError."""
+        if self.client_ca is None:
+            return ()
+        return _certificates(self.client_ca, "clientCA", "the bundle of client authorities")
 
 
-def ensure_certificate(folder: Path, host: str) -> TlsFiles:
-    """Makes a certificate for loopback and `host`, or keeps the one there while it is good.
+def tls_of(section: HttpsConfig | GrpcConfig, generated: TlsMaterial | None) -> TlsMaterial | None:
+    """What a section of the configuration asks for; None: no TLS.
 
-    The authority is made anew together with the certificate, and its key is thrown away: nobody can
-    issue another certificate in its name. Raises SandboxError with what to do.
+    Reads the files that it names, and where it names no certificate takes `generated`. Files that are
+    being replaced may be met in the middle: then it tries again, for less than half a second. Raises
+    TlsError, whose text begins with the path of the configuration's key.
     """
-    make_private_directory(folder)
-    files = TlsFiles(folder / "ca.crt", folder / "tls.crt", folder / "tls.key")
-    names = list(dict.fromkeys((*_LOOPBACK, *(() if host in _ANY_HOST else (host,)))))
-    if not _is_good(files, names):
+    if section.plaintext:
+        return None
+    for attempt in itertools.count(1):
         try:
-            _make(files, names)
-        except OSError as error:
-            raise SandboxError(f"cannot write the certificate in {folder}: {error.strerror}") from error
-    return files
+            return _read(section, generated)
+        except TlsError as error:
+            if isinstance(error, _DoNotFit) and attempt < _ATTEMPTS:
+                time.sleep(_PAUSE_SECONDS)
+                continue
+            name = "grpc" if isinstance(section, GrpcConfig) else "https"
+            raise TlsError(error.key, f"server.{name}.{error.key}: {error}") from None
+    raise AssertionError
 
 
-def server_context(files: TlsFiles) -> ssl.SSLContext:
-    """What the HTTPS server needs. Raises SandboxError if a file cannot be read or does not fit."""
+def _read(section: HttpsConfig | GrpcConfig, generated: TlsMaterial | None) -> TlsMaterial:
+    base = _read_pair(section) or generated
+    if base is None:
+        raise TlsError("certificate", "expected a certificate and its key, got none")
+    material = replace(
+        base,
+        client_ca=None if section.client_ca is None else _read_file(section.client_ca, "clientCA"),
+        allowed_names=section.allowed_names,
+        admin_names=section.admin_names if isinstance(section, GrpcConfig) else (),
+    )
+    material.check()
+    return material
+
+
+def _read_pair(section: TlsConfig) -> TlsMaterial | None:
+    if section.certificate is None or section.key is None:
+        return None
+    return TlsMaterial(_read_file(section.certificate, "certificate"), _read_file(section.key, "key"))
+
+
+def _read_file(path: Path, key: Key) -> bytes:
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MOST_BYTES + 1)
+    except OSError as error:
+        raise TlsError(key, f"cannot read {path}: {error.strerror}") from error
+    if len(data) > _MOST_BYTES:
+        raise TlsError(key, f"{path} has more than 1Mi: expected PEM")
+    return data
+
+
+def server_context(material: TlsMaterial) -> ssl.SSLContext:
+    """What the HTTPS server needs. Raises TlsError.
+
+    With client authorities, a client may still show no certificate: the kubelet's probes have none.
+    """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    try:
-        context.load_cert_chain(files.certificate, files.key)
-    except (OSError, ssl.SSLError) as error:
-        raise SandboxError(
-            f"cannot use the certificate {files.certificate} with {files.key}: {error}"
-        ) from error
+    context.set_alpn_protocols(["http/1.1"])
+    _load_pair(context, material)
+    if material.client_ca is not None:
+        authorities = material.client_authorities()
+        context.load_verify_locations(
+            cadata=b"".join(each.public_bytes(serialization.Encoding.DER) for each in authorities)
+        )
+        context.verify_mode = ssl.CERT_OPTIONAL
+        # An intermediate authority may stand in the bundle without the one above it, as with Go.
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+        # A resumed session would show a certificate that is not checked again.
+        context.num_tickets = 0
+        context.options |= ssl.OP_NO_TICKET
     return context
 
 
-def _general_name(name: str) -> x509.GeneralName:
+def _load_pair(context: ssl.SSLContext, material: TlsMaterial) -> None:
+    """ssl loads them from files only: they are given ones that are in memory, and nowhere else."""
+    certificate, key = _memory_file(material.certificate), _memory_file(material.key)
     try:
-        return x509.IPAddress(ipaddress.ip_address(name))
+        context.load_cert_chain(
+            f"/proc/self/fd/{certificate}",
+            f"/proc/self/fd/{key}",
+            password=b"",  # else OpenSSL asks for it, on the terminal
+        )
+    except (OSError, ValueError) as error:
+        raise TlsError(
+            "certificate",
+            "OpenSSL does not accept the certificate with its key: "
+            f"{getattr(error, 'reason', None) or error}",
+        ) from error
+    finally:
+        os.close(certificate)
+        os.close(key)
+
+
+def _memory_file(data: bytes) -> int:
+    fd = os.memfd_create("pem", os.MFD_CLOEXEC)
+    with open(fd, "wb", closefd=False) as file:
+        file.write(data)
+    return fd
+
+
+def _certificates(pem: bytes, key: Key, what: str) -> tuple[x509.Certificate, ...]:
+    try:
+        certificates = x509.load_pem_x509_certificates(pem)
     except ValueError:
-        return x509.DNSName(name)
+        certificates = []
+    if not certificates:
+        raise TlsError(key, f"cannot read {what}: expected PEM, with -----BEGIN CERTIFICATE-----")
+    return tuple(certificates)
 
 
-def _is_good(files: TlsFiles, names: list[str]) -> bool:
+def _private_key(pem: bytes) -> PrivateKeyTypes:
     try:
-        certificate = x509.load_pem_x509_certificate(files.certificate.read_bytes())
-        authority = x509.load_pem_x509_certificate(files.ca_certificate.read_bytes())
-        certificate.verify_directly_issued_by(authority)
-        server_context(files)
-        covered = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except (OSError, ValueError, TypeError, InvalidSignature, SandboxError, x509.ExtensionNotFound):
-        return False
-    lasting = certificate.not_valid_after_utc - datetime.datetime.now(datetime.UTC) > _RENEW_BEFORE
-    return lasting and all(_general_name(name) in covered for name in names)
+        return serialization.load_pem_private_key(pem, password=None)
+    except TypeError:
+        raise TlsError("key", "the key is encrypted: expected one without a passphrase") from None
+    except (ValueError, UnsupportedAlgorithm):
+        raise TlsError(
+            "key", "cannot read the key: expected PEM, with -----BEGIN PRIVATE KEY----- or the like"
+        ) from None
 
 
-def _make(files: TlsFiles, names: list[str]) -> None:
+def _fits(certificate: x509.Certificate, key: PrivateKeyTypes) -> bool:
+    spki = serialization.PublicFormat.SubjectPublicKeyInfo
+    theirs = certificate.public_key().public_bytes(_PEM, spki)
+    return key.public_key().public_bytes(_PEM, spki) == theirs
+
+
+def _require_valid_now(certificate: x509.Certificate) -> None:
     now = datetime.datetime.now(datetime.UTC)
-    authority_key, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
-    # The name tells authorities of several starts apart, where a client keeps old ones.
-    issuer = x509.Name(
-        [x509.NameAttribute(NameOID.COMMON_NAME, f"Bulkhead authority {now:%Y-%m-%d %H:%M:%S}")]
-    )
-    authority = _authority(issuer, authority_key, now)
-    certificate = _certificate(issuer, authority_key, key, names, now)
-    pem = serialization.Encoding.PEM
-    write_atomically(
-        files.key,
-        key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()),
-    )
-    write_atomically(files.certificate, certificate.public_bytes(pem))
-    write_atomically(files.ca_certificate, authority.public_bytes(pem), mode=0o644)
+    if certificate.not_valid_after_utc < now:
+        raise TlsError(
+            "certificate", f"the certificate expired on {certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC"
+        )
+    if certificate.not_valid_before_utc > now:
+        raise TlsError(
+            "certificate",
+            f"the certificate is not valid before {certificate.not_valid_before_utc:%Y-%m-%d %H:%M} UTC",
+        )
 
 
-def _builder(
-    subject: x509.Name, issuer: x509.Name, now: datetime.datetime, days: int
-) -> x509.CertificateBuilder:
-    return (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(issuer)
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - _BACKDATE)
-        .not_valid_after(now + datetime.timedelta(days=days))
-    )
+def _require_authorities(certificates: Sequence[x509.Certificate]) -> None:
+    for each in certificates:
+        if not _may_issue(each):
+            name = each.subject.rfc4514_string() or "without a subject"
+            raise TlsError("clientCA", f"expected certificates of authorities, but {name} may not issue any")
+    now = datetime.datetime.now(datetime.UTC)
+    if all(each.not_valid_after_utc < now for each in certificates):
+        raise TlsError("clientCA", "the certificates of all client authorities have expired")
 
 
-def _key_usage(*, signs_certificates: bool) -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=not signs_certificates,
-        key_cert_sign=signs_certificates,
-        crl_sign=signs_certificates,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        encipher_only=False,
-        decipher_only=False,
-    )
-
-
-def _authority(name: x509.Name, key: ec.EllipticCurvePrivateKey, now: datetime.datetime) -> x509.Certificate:
-    return (
-        _builder(name, name, now, _AUTHORITY_DAYS)
-        .public_key(key.public_key())
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(_key_usage(signs_certificates=True), critical=True)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-        .sign(key, hashes.SHA256())
-    )
-
-
-def _certificate(
-    issuer: x509.Name,
-    issuer_key: ec.EllipticCurvePrivateKey,
-    key: ec.EllipticCurvePrivateKey,
-    names: list[str],
-    now: datetime.datetime,
-) -> x509.Certificate:
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "bulkhead")])
-    issuer_id = x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key.public_key())
-    return (
-        _builder(subject, issuer, now, _CERTIFICATE_DAYS)
-        .public_key(key.public_key())
-        .add_extension(x509.SubjectAlternativeName(map(_general_name, names)), critical=False)
-        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(_key_usage(signs_certificates=False), critical=True)
-        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-        .add_extension(issuer_id, critical=False)
-        .sign(issuer_key, hashes.SHA256())
-    )
+def _may_issue(certificate: x509.Certificate) -> bool:
+    try:
+        return certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+    except (x509.ExtensionNotFound, ValueError):
+        return False

@@ -1,9 +1,8 @@
 """A worker: one front end with a sandbox of its own, in a process of its own.
 
-The supervisor starts it, and is told through a pipe when it is ready or why it is not. It ends
-gracefully on SIGTERM, and at once when the supervisor is gone: it holds one end of a pipe of which
-the supervisor holds the other (the lifeline), and asks the kernel for SIGKILL as well. Ctrl-C at a
-terminal reaches it, too, and is left to the supervisor.
+The supervisor starts it, and tells it over a socket what to serve and when to change that. It ends
+gracefully on SIGTERM, and at once when the supervisor is gone: the socket ends with it, and the
+kernel is asked for SIGKILL as well. Ctrl-C at a terminal reaches it, too, and is left to the supervisor.
 """
 
 from __future__ import annotations
@@ -24,12 +23,15 @@ from typing import Literal
 import structlog
 import uvloop
 
-from bulkhead.sandbox import Sandbox, SandboxError
-from bulkhead.service.config import Config, ConfigError, load_config
+from bulkhead.sandbox import Sandbox, SandboxError, UnknownModule
+from bulkhead.service.chains import Chains, open_chains
 from bulkhead.service.configured import sandbox_options
+from bulkhead.service.control import Channel, Commit, Done, Failed, Message, Prepare, Ready
+from bulkhead.service.generation import Generation
 from bulkhead.service.log import Format, configure_logging
 from bulkhead.service.names import ModuleNames
 from bulkhead.service.review import Reviewer
+from bulkhead.service.tls import TlsMaterial
 
 Role = Literal["https", "grpc"]
 
@@ -45,23 +47,28 @@ class WorkerSettings:
     """What the supervisor tells a worker, as JSON in its one argument. No secrets: anyone can read it."""
 
     role: Role
-    config: str
     state_dir: str
     wasmtime: str | None
     log_level: str
     log_format: Format
     supervisor_pid: int
-    lifeline_fd: int
-    ready_fd: int
+    control_fd: int
     host: str
     port: int
     listener_fd: int = -1
     """The HTTPS worker's; the gRPC worker listens by itself."""
-    certificate: str = ""
-    key: str = ""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
+
+
+@dataclass(frozen=True, slots=True)
+class _FrontEnd:
+    """What a worker serves with."""
+
+    port: int
+    set_tls: Callable[[TlsMaterial | None], Awaitable[None]]
+    stop: Callable[[float], Awaitable[None]]
 
 
 def main() -> None:
@@ -70,20 +77,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     configure_logging(settings.log_level, settings.log_format)
     structlog.contextvars.bind_contextvars(worker=settings.role)
-    with os.fdopen(settings.ready_fd, "w") as ready:
-        try:
-            uvloop.run(_serve(settings, lambda port: _tell(ready, {"port": port})))
-        except (SandboxError, ConfigError, OSError) as error:
-            if ready.closed:
-                _log.error("worker_failed", error=str(error))
-            else:
-                _tell(ready, {"error": str(error)})  # the supervisor says it, once
-            sys.exit(1)
-
-
-def _tell(ready: object, message: dict[str, int | str]) -> None:
-    ready.write(json.dumps(message))  # type: ignore[attr-defined]
-    ready.close()  # type: ignore[attr-defined]
+    sys.exit(uvloop.run(_run(settings)))
 
 
 def _die_with(supervisor_pid: int) -> None:
@@ -92,34 +86,127 @@ def _die_with(supervisor_pid: int) -> None:
         os._exit(1)
 
 
-async def _serve(settings: WorkerSettings, ready: Callable[[int], None]) -> None:
+async def _run(settings: WorkerSettings) -> int:
+    """Serves until SIGTERM; returns the exit code."""
     stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGTERM, stop.set)
-    loop.add_reader(settings.lifeline_fd, os._exit, 1)  # nothing is ever written: readable is closed
-    config = load_config(Path(settings.config))
-    wasmtime = Path(settings.wasmtime) if settings.wasmtime else None
-    sandbox = await Sandbox.open(sandbox_options(config, Path(settings.state_dir), wasmtime))
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+    channel = await Channel.open(socket.socket(fileno=settings.control_fd))
+    generation = await channel.receive()
+    assert isinstance(generation, Generation)
     try:
-        reviewer = await Reviewer.open(config, sandbox)
-        start = _start_https if settings.role == "https" else _start_grpc
-        port, stop_front_end = await start(settings, config, reviewer, sandbox)
-        ready(port)
-        await stop.wait()
-        _log.info("worker_stopping", runs=sandbox.active_runs)
-        await _stop(config, sandbox, stop_front_end)
-    finally:
+        sandbox = await Sandbox.open(
+            sandbox_options(
+                generation.config,
+                Path(settings.state_dir),
+                Path(settings.wasmtime) if settings.wasmtime else None,
+            )
+        )
+    except (SandboxError, OSError) as error:
+        await channel.send(Failed(str(error)))  # the supervisor says it, once
+        return 1
+    try:
+        worker = await _Worker.start(settings, generation, sandbox)
+    except (SandboxError, UnknownModule, OSError) as error:
+        await channel.send(Failed(str(error)))
         await sandbox.close()
+        return 1
+    await channel.send(Ready(worker.port))
+    obeying = asyncio.create_task(worker.obey(channel))
+    await stop.wait()
+    _log.info("worker_stopping", runs=sandbox.active_runs)
+    await worker.stop()
+    obeying.cancel()
+    return 0
 
 
-async def _stop(config: Config, sandbox: Sandbox, stop_front_end: Callable[[float], Awaitable[None]]) -> None:
-    """Lets reviews in flight finish, then kills their runs so that they are answered as failed."""
-    grace_seconds = config.server.grace_seconds
-    async with asyncio.TaskGroup() as group:
-        stopping = group.create_task(_quietly(stop_front_end(grace_seconds + _CLOSE_SECONDS)))
+class _Worker:
+    """The front end, and what it serves now."""
+
+    def __init__(
+        self, role: Role, generation: Generation, reviewer: Reviewer, names: ModuleNames, front_end: _FrontEnd
+    ) -> None:
+        self._role = role
+        self._generation = generation
+        self._reviewer = reviewer
+        self._names = names
+        self._front_end = front_end
+        self._prepared: tuple[Generation, Chains] | None = None
+
+    @property
+    def port(self) -> int:
+        return self._front_end.port
+
+    @classmethod
+    async def start(cls, settings: WorkerSettings, generation: Generation, sandbox: Sandbox) -> _Worker:
+        """Loads the modules and begins to accept. Raises SandboxError, UnknownModule."""
+        reviewer = Reviewer(sandbox, await open_chains(generation.config, sandbox, generation.pins))
+        names = ModuleNames(reviewer.modules)
+        start = _start_https if settings.role == "https" else _start_grpc
+        front_end = await start(settings, generation, reviewer, names)
+        return cls(settings.role, generation, reviewer, names, front_end)
+
+    async def obey(self, channel: Channel) -> None:
+        """Does what the supervisor says, and dies with it."""
+        try:
+            while True:
+                await channel.send(await self._answer(await channel.receive()))
+        except (EOFError, ConnectionError):
+            os._exit(1)
+
+    async def _answer(self, message: Message) -> Message:
+        match message:
+            case Prepare(generation):
+                done = self._prepare(generation)
+            case Commit():
+                done = self._commit()
+            case _:
+                raise AssertionError(f"unexpected: {type(message).__name__}")
+        try:
+            await done
+        except (SandboxError, UnknownModule) as error:
+            return Failed(str(error))
+        return Done()
+
+    async def _prepare(self, generation: Generation) -> None:
+        """Loads what the generation names, beside what is there. Raises SandboxError, UnknownModule."""
+        self._drop_prepared()
+        sandbox = self._reviewer.sandbox
+        options = generation.config.sandbox_options(sandbox.options.state_dir)
+        sandbox.allow(options.limits, options.maximum_limits)
+        self._prepared = generation, await open_chains(generation.config, sandbox, generation.pins)
+
+    def _drop_prepared(self) -> None:
+        """Forgets what was prepared and never served, because another worker could not follow."""
+        if self._prepared is not None:
+            _, chains = self._prepared
+            self._prepared = None
+            self._release(chains)
+
+    async def _commit(self) -> None:
+        """From now on serves what was prepared. Reviews that have begun end as they would have."""
+        assert self._prepared is not None
+        self._generation, chains = self._prepared
+        self._prepared = None
+        before, self._reviewer.chains = self._reviewer.chains, chains
+        self._names.replace(chains.modules)
+        self._release(before)
+        generation = self._generation
+        await self._front_end.set_tls(generation.https_tls if self._role == "https" else generation.grpc_tls)
+
+    def _release(self, chains: Chains) -> None:
+        kept = {module.digest for module in self._reviewer.modules}
+        self._reviewer.sandbox.release({module.digest for module in chains.modules} - kept)
+
+    async def stop(self) -> None:
+        """Lets reviews in flight finish, then kills their runs so that they are answered as failed."""
+        grace_seconds = self._generation.config.server.grace_seconds
+        sandbox = self._reviewer.sandbox
+        stopping = asyncio.create_task(_quietly(self._front_end.stop(grace_seconds + _CLOSE_SECONDS)))
         done, _ = await asyncio.wait({stopping}, timeout=grace_seconds)
         if not done:
             await sandbox.close()
+        await stopping
+        await sandbox.close()
 
 
 async def _quietly(stopping: Awaitable[None]) -> None:
@@ -128,33 +215,33 @@ async def _quietly(stopping: Awaitable[None]) -> None:
 
 
 async def _start_https(
-    settings: WorkerSettings, config: Config, reviewer: Reviewer, sandbox: Sandbox
-) -> tuple[int, Callable[[float], Awaitable[None]]]:
+    settings: WorkerSettings, generation: Generation, reviewer: Reviewer, names: ModuleNames
+) -> _FrontEnd:
     from bulkhead.service.https import HttpsServer
-    from bulkhead.service.tls import TlsFiles, server_context
 
-    files = TlsFiles(Path(), Path(settings.certificate), Path(settings.key))
     server = HttpsServer(
-        reviewer, max_body_bytes=config.server.max_body_bytes, max_in_flight=_max_in_flight(sandbox)
+        reviewer,
+        max_body_bytes=generation.config.server.max_body_bytes,
+        max_in_flight=_max_in_flight(reviewer.sandbox),
     )
-    listener = socket.socket(fileno=settings.listener_fd)
-    server.start(listener, server_context(files))
-    return settings.port, server.stop
+    server.start(socket.socket(fileno=settings.listener_fd), generation.https_tls)
+    return _FrontEnd(settings.port, server.set_tls, server.stop)
 
 
 async def _start_grpc(
-    settings: WorkerSettings, config: Config, reviewer: Reviewer, sandbox: Sandbox
-) -> tuple[int, Callable[[float], Awaitable[None]]]:
+    settings: WorkerSettings, generation: Generation, reviewer: Reviewer, names: ModuleNames
+) -> _FrontEnd:
     from bulkhead.service.grpc_server import GrpcServer
 
     server = GrpcServer(
         reviewer,
-        sandbox,
-        ModuleNames(reviewer.modules),
-        max_body_bytes=config.server.max_body_bytes,
-        max_in_flight=_max_in_flight(sandbox),
+        reviewer.sandbox,
+        names,
+        max_body_bytes=generation.config.server.max_body_bytes,
+        max_in_flight=_max_in_flight(reviewer.sandbox),
     )
-    return await server.start(settings.host, settings.port), server.stop
+    port = await server.start(settings.host, settings.port, generation.grpc_tls)
+    return _FrontEnd(port, server.set_tls, server.stop)
 
 
 def _max_in_flight(sandbox: Sandbox) -> int:

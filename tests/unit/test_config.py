@@ -16,9 +16,9 @@ from bulkhead.service.config import (
     Config,
     ConfigError,
     FailurePolicy,
-    default_name,
     load_config,
 )
+from bulkhead.service.modulesource import FileSource, default_name, parse_source
 
 Load = Callable[[str], Config]
 
@@ -110,7 +110,7 @@ admission:
     assert (options.limits, options.max_concurrent_runs, options.max_queued_runs) == (limits, 3, 0)
     assert config.authentication.audiences == ("api",)
     (authz,) = config.authorization.modules
-    assert (authz.name, authz.module, authz.debug) == ("z", tmp_path / "m.wasm", True)
+    assert (authz.name, authz.source, authz.debug) == ("z", FileSource(tmp_path / "m.wasm"), True)
     assert authz.settings == {"a": [1, 2.5, None]}
     assert config.limits_of(authz).memory_bytes == 1 << 20
     assert config.limits_of(authz).fuel == 7
@@ -141,7 +141,7 @@ def test_callers_may_ask_for_what_the_file_grants_to_a_module(load: Load) -> Non
     ],
 )
 def test_a_module_without_a_name_is_called_by_its_file(file: str, name: str) -> None:
-    assert default_name(Path(file)) == name
+    assert default_name(parse_source(file, Path())) == name
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,8 @@ def test_refuses_a_file_that_cannot_be_read(tmp_path: Path) -> None:
         ),
         (
             "server: {grpc: {tls: {}}}",
-            "1: server.grpc.tls: expected one of the keys address, got an unknown one",
+            "1: server.grpc.tls: expected one of the keys certificate, key, clientCA, allowedNames, address, "
+            "adminNames, got an unknown one",
         ),
         (
             "server: {graceperiod: 1s}",
@@ -215,10 +216,39 @@ def test_refuses_a_file_that_cannot_be_read(tmp_path: Path) -> None:
         ("server: {https: {address: 'a b:1'}}", "expected a host name or an IP address, got 'a b'"),
         (
             "server: {grpc: {address: '0.0.0.0:1'}}",
-            "1: server.grpc.address: expected a loopback address such as "
-            "127.0.0.1:50051, got '0.0.0.0:1': this version has no TLS for gRPC",
+            "1: server.grpc.address: expected a certificate and a key, or a loopback address such as "
+            "127.0.0.1:50051: without TLS others could read and change what is said "
+            "(serve --insecure allows it), got 0.0.0.0:1",
         ),
-        ("server: {grpc: {address: 'example.com:1'}}", "expected a loopback address"),
+        ("server: {grpc: {address: 'example.com:1'}}", "or a loopback address"),
+        (
+            "server: {https: {address: '0.0.0.0:1', plaintext: true}}",
+            "1: server.https.plaintext: expected a certificate and a key, or a loopback address",
+        ),
+        (
+            "server: {https: {certificate: m.wasm}}",
+            "1: server.https: expected certificate and key together",
+        ),
+        (
+            "server: {https: {allowedNames: [a]}}",
+            "1: server.https: expected clientCA beside allowedNames: else clients have no names, got none",
+        ),
+        (
+            "server: {grpc: {clientCA: m.wasm}}",
+            "1: server.grpc: expected certificate and key beside clientCA, got none",
+        ),
+        (
+            "server: {grpc: {adminNames: [a]}}",
+            "1: server.grpc: expected clientCA beside adminNames: else clients have no names, got none",
+        ),
+        (
+            "server: {https: {plaintext: true, certificate: m.wasm, key: m.wasm}}",
+            "1: server.https: expected plaintext or a certificate, got both",
+        ),
+        (
+            "server: {https: {certificate: no.crt, key: m.wasm}}",
+            "1: server.https.certificate: expected the path of a file, but there is no file no.crt",
+        ),
         (
             "server: {maxBodyBytes: 8MB}",
             "server.maxBodyBytes: expected a quantity of bytes: '8MB' is not a quantity",
@@ -257,14 +287,9 @@ def test_refuses_a_file_that_cannot_be_read(tmp_path: Path) -> None:
             "modules[0].module: expected a value, got nothing: this key is required",
         ),
         (
-            "authentication: {modules: [{module: no.wasm}]}",
-            "modules[0].module: expected the path of a module, but there is no file no.wasm",
-        ),
-        ("authentication: {modules: [{module: .}]}", "is not a file"),
-        (
             "authentication: {modules: [{module: m.wasm, mutating: true}]}",
             "modules[0].mutating: expected one of the keys "
-            "name, module, settings, debug, limits, got an unknown one",
+            "name, module, digest, settings, debug, limits, got an unknown one",
         ),
         (
             "authentication: {modules: [{module: m.wasm, name: A_b}]}",

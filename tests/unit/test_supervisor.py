@@ -7,35 +7,30 @@ from pathlib import Path
 
 import pytest
 
-from bulkhead.service import supervisor
-from bulkhead.service.supervisor import WorkerFailed, _Worker
+from bulkhead.service import worker_process
+from bulkhead.service.config import Config
+from bulkhead.service.generation import Generation
 from bulkhead.service.worker import WorkerSettings
+from bulkhead.service.worker_process import WorkerFailed, WorkerProcess
 
 
 async def test_a_worker_that_is_slow_to_start_is_given_another_chance(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(supervisor, "_READY_SECONDS", 0.001)
-    lifeline_read, lifeline_write = os.pipe()
+    monkeypatch.setattr(worker_process, "_ANSWER_SECONDS", 0.001)
     settings = WorkerSettings(
         role="grpc",
-        config=str(tmp_path / "bulkhead.yaml"),
         state_dir=str(tmp_path),
         wasmtime=None,
         log_level="info",
         log_format="json",
         supervisor_pid=os.getpid(),
-        lifeline_fd=lifeline_read,
-        ready_fd=-1,
+        control_fd=-1,
         host="127.0.0.1",
         port=0,
     )
-    worker = _Worker(settings)
-    try:
-        with pytest.raises(WorkerFailed, match="not ready"):
-            await worker.start()
-        assert worker.ended.is_set(), "the slow process is reaped"
-        assert not worker.stopping, "nobody asked it to stop: keep_alive goes on"
-    finally:
-        os.close(lifeline_read)
-        os.close(lifeline_write)
+    worker = WorkerProcess(settings)
+    with pytest.raises(WorkerFailed, match="did not answer"):
+        await worker.start(Generation(number=1, config=Config(), pins={}, https_tls=None, grpc_tls=None))
+    assert worker.ended.is_set(), "the slow process is reaped"
+    assert not worker.stopping, "nobody asked it to stop: the supervisor may start another"
