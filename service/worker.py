@@ -15,7 +15,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -173,14 +173,18 @@ class _Worker:
         sandbox = self._reviewer.sandbox
         options = generation.config.sandbox_options(sandbox.options.state_dir)
         sandbox.allow(options.limits, options.maximum_limits)
-        self._prepared = generation, await open_chains(generation.config, sandbox, generation.pins)
+        try:
+            self._prepared = generation, await open_chains(generation.config, sandbox, generation.pins)
+        except BaseException:
+            self._release(pin.digest for pin in generation.pins.values())
+            raise
 
     def _drop_prepared(self) -> None:
         """Forgets what was prepared and never served, because another worker could not follow."""
         if self._prepared is not None:
             _, chains = self._prepared
             self._prepared = None
-            self._release(chains)
+            self._release(module.digest for module in chains.modules)
 
     async def _commit(self) -> None:
         """From now on serves what was prepared. Reviews that have begun end as they would have."""
@@ -189,13 +193,14 @@ class _Worker:
         self._prepared = None
         before, self._reviewer.chains = self._reviewer.chains, chains
         self._names.replace(chains.modules)
-        self._release(before)
+        self._release(module.digest for module in before.modules)
         generation = self._generation
         await self._front_end.set_tls(generation.https_tls if self._role == "https" else generation.grpc_tls)
 
-    def _release(self, chains: Chains) -> None:
-        kept = {module.digest for module in self._reviewer.modules}
-        self._reviewer.sandbox.release({module.digest for module in chains.modules} - kept)
+    def _release(self, digests: Iterable[str]) -> None:
+        """Unloads modules that are not served."""
+        served = {module.digest for module in self._reviewer.modules}
+        self._reviewer.sandbox.release(set(digests) - served)
 
     async def stop(self) -> None:
         """Lets reviews in flight finish, then kills their runs so that they are answered as failed."""

@@ -112,6 +112,13 @@ def service(tmp_path: Path, wat: Wat) -> Iterator[Reloading]:
         yield service
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory, wat: Wat) -> Iterator[Reloading]:
+    """Tests repair what they break."""
+    with reloading(tmp_path_factory.mktemp("shared"), wat) as service:
+        yield service
+
+
 def test_a_changed_module_is_taken_up_by_both_front_ends(service: Reloading) -> None:
     assert service.user() == "first"
     service.put("who.wasm", printing("authn", knows("second")))
@@ -172,17 +179,19 @@ def test_sighup_reloads_even_where_nothing_has_changed(service: Reloading) -> No
     ids=["no module", "module gone", "wrong export", "no YAML", "unknown key", "file gone", "one of two"],
 )
 def test_a_broken_set_is_refused_whole_and_the_old_one_goes_on(
-    tmp_path: Path, wat: Wat, break_it: Callable[[Reloading], None], told: str
+    shared: Reloading, break_it: Callable[[Reloading], None], told: str
 ) -> None:
-    with reloading(tmp_path, wat) as service:
-        break_it(service)
-        assert told in service.wait_for_log("reload_refused")
-        assert service.generation == 1
-        assert service.user() == service.user_over_grpc() == "first"
-        service.put("who.wasm", printing("authn", knows("repaired")))
-        service.configure(CONFIGURATION)
-        service.wait_for_generation(2)
-        assert service.user() == "repaired"
+    before, refusals = shared.generation, shared.served.log().count("reload_refused")
+    break_it(shared)
+    shared.hang_up()
+    assert told in shared.wait_for_log("reload_refused", refusals + 1)
+    assert shared.generation == before
+    assert shared.user() == shared.user_over_grpc() == "first"
+    shared.put("who.wasm", printing("authn", knows("first")))
+    shared.configure(CONFIGURATION)
+    shared.hang_up()
+    shared.wait_for_generation(before + 1)
+    assert shared.user() == "first"
 
 
 def test_a_broken_set_is_told_once_and_not_every_second(service: Reloading) -> None:
@@ -248,8 +257,10 @@ def test_no_request_fails_while_everything_is_reloaded(service: Reloading) -> No
 def test_a_worker_that_dies_is_replaced_by_one_that_serves_the_same(service: Reloading) -> None:
     """Not what lies on the disk by then."""
     service.put("who.wasm", printing("authn", knows("second")))
+    service.hang_up()
     service.wait_for_generation(2)
     replace_file(service.folder / "who.wasm", NOT_WASM)
+    service.hang_up()
     service.wait_for_log("reload_refused")
     for role in ("https", "grpc"):
         service.served.worker(role).kill()
@@ -259,6 +270,7 @@ def test_a_worker_that_dies_is_replaced_by_one_that_serves_the_same(service: Rel
 
 def test_says_which_changes_need_a_restart(service: Reloading) -> None:
     service.configure(CONFIGURATION + "limits: {maxConcurrentRuns: 3, memory: 32Mi}")
+    service.hang_up()
     service.wait_for_generation(2)
     line = service.wait_for_log("restart_needed")
     assert "limits.maxConcurrentRuns" in line
@@ -270,6 +282,7 @@ def test_limits_may_grow(service: Reloading) -> None:
     service.configure(
         "authentication: {modules: [{name: who, module: who.wasm, limits: {memory: 2Gi, timeout: 2m}}]}"
     )
+    service.hang_up()
     service.wait_for_generation(2)
     assert service.user() == service.user_over_grpc() == "first"
 
@@ -323,15 +336,18 @@ def test_broken_modules_may_be_allowed_at_the_start(tmp_path: Path, wat: Wat) ->
         assert (reply.status, reply.json["reason"]) == (503, "UNDECIDED")
         # What has been broken from the start keeps nobody from changing the rest,
         service.put("who.wasm", printing("authn", knows("second")))
+        service.hang_up()
         service.wait_for_generation(2)
         assert service.user() == "second"
         # what breaks later does,
         replace_file(tmp_path / "who.wasm", NOT_WASM)
+        service.hang_up()
         service.wait_for_log("reload_refused")
         assert service.user() == "second"
         # and a repaired one is taken up.
         service.put("who.wasm", printing("authn", knows("third")))
         service.put("broken.wasm", printing("authn", knows("repaired")))
+        service.hang_up()
         service.wait_for_generation(3)
         assert service.user() == "repaired"
 
