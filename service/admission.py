@@ -100,9 +100,7 @@ class AdmissionQuestion:
         """What modules see once one before them has changed the object."""
         if changed is self.object:
             return self.review_v1
-        review = strictjson.split(self.review_v1)
-        request = {**strictjson.split(review["request"]), "object": Raw(changed)}
-        return strictjson.join({**review, "request": Raw(strictjson.join(request))})
+        return replace_object(self.review_v1, changed)
 
     @property
     def mask(self) -> Mask:
@@ -160,6 +158,13 @@ def _object(raw: Raw, key: str) -> bytes:
     return data
 
 
+def replace_object(review: bytes, changed: bytes) -> bytes:
+    """The same review with another object."""
+    members = strictjson.split(review)
+    request = {**strictjson.split(members["request"]), "object": Raw(changed)}
+    return strictjson.join({**members, "request": Raw(strictjson.join(request))})
+
+
 def to_v1(body: bytes) -> bytes:
     """A v1beta1 review as v1: the requests are the same."""
     return strictjson.join({**strictjson.split(body), "apiVersion": ADMISSION_REVIEW.v1})
@@ -190,6 +195,29 @@ class AdmissionModule:
         return Told(self.module.name, answered.answer, self.failure_policy)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdmissionDecision:
+    """How an AdmissionReview was decided at one stage, and the answer."""
+
+    question: AdmissionQuestion
+    matching: Sequence[AdmissionModule]
+    """Those to ask, in the order of the configuration."""
+    asked: Sequence[Answered[AdmissionAnswer]]
+    """The answers of the first of these: one that ends the chain is the last."""
+    verdict: AdmissionVerdict | ModuleFailed
+    final: bytes
+    """The object as the last module left it, as JSON."""
+    changes: bytes
+    """The JSON patch that makes it of the object that was sent; empty if it is refused, or the same."""
+
+    def reply(self) -> bytes:
+        """The answer as JSON, in the version that was sent. Raises ModuleFailed."""
+        if isinstance(self.verdict, ModuleFailed):
+            # Anew: with a traceback it would hold the whole review, in a circle.
+            raise ModuleFailed(*self.verdict.args)
+        return write_reply(self.question.api_version, self.question.uid, self.verdict, self.changes)
+
+
 @dataclass(frozen=True, slots=True)
 class Admission:
     """The admission modules, in the order of the configuration."""
@@ -200,25 +228,32 @@ class Admission:
         self, sandbox: Sandbox, body: bytes, *, stage: Stage, only: str | None, deadline: float | None
     ) -> bytes:
         """Answers an AdmissionReview. Raises BadReview, ModuleFailed."""
+        return (await self.decide(sandbox, body, stage=stage, only=only, deadline=deadline)).reply()
+
+    async def decide(
+        self, sandbox: Sandbox, body: bytes, *, stage: Stage, only: str | None, deadline: float | None
+    ) -> AdmissionDecision:
+        """Decides an AdmissionReview, and tells how. Raises BadReview."""
         question = await run_sized(len(body), read_question, body)
         modules = self.matching(question.target, stage, only)
         if stage is Stage.MUTATING:
             asked, final = await _ask_in_order(sandbox, modules, question, deadline)
         else:
             asked, final = await _ask_all(sandbox, modules, question, deadline), question.object
+        verdict: AdmissionVerdict | ModuleFailed
+        changes = b""
         try:
             verdict = fold([module.told(each) for module, each in zip(modules, asked, strict=False)])
-        except ModuleFailed:
-            _log_decision(question, stage, asked, None)
-            raise
-        # A refused object is not changed.
-        changes = (
-            b""
-            if not verdict.allowed
-            else await run_sized(len(question.object) + len(final), write_patch, question.object, final)
+            if verdict.allowed:  # a refused object is not changed
+                size_bytes = len(question.object) + len(final)
+                changes = await run_sized(size_bytes, write_patch, question.object, final)
+        except ModuleFailed as error:
+            verdict = error.with_traceback(None)
+        decision = AdmissionDecision(
+            question=question, matching=modules, asked=asked, verdict=verdict, final=final, changes=changes
         )
-        _log_decision(question, stage, asked, verdict, patch_bytes=len(changes))
-        return write_reply(question.api_version, question.uid, verdict, changes)
+        _log_decision(decision, stage)
+        return decision
 
     def names(self, stage: Stage) -> tuple[str, ...]:
         """The modules that are asked at this stage."""
@@ -265,14 +300,9 @@ async def _ask_all(
     return [task.result() for task in tasks]
 
 
-def _log_decision(
-    question: AdmissionQuestion,
-    stage: Stage,
-    asked: Sequence[Answered[AdmissionAnswer]],
-    verdict: AdmissionVerdict | None,
-    patch_bytes: int = 0,
-) -> None:
-    target = question.target
+def _log_decision(decision: AdmissionDecision, stage: Stage) -> None:
+    question, target = decision.question, decision.question.target
+    verdict = decision.verdict if isinstance(decision.verdict, AdmissionVerdict) else None
     denied = verdict is not None and not verdict.allowed
     _log.info(
         "review",
@@ -292,7 +322,7 @@ def _log_decision(
         dry_run=question.dry_run,
         code=verdict.code if verdict is not None and denied else None,
         # Not the message: it may quote the object.
-        patch_bytes=patch_bytes,
+        patch_bytes=len(decision.changes),
         warnings=len(verdict.warnings) if verdict is not None else 0,
-        modules=[each.for_log() for each in asked],
+        modules=[each.for_log() for each in decision.asked],
     )

@@ -201,6 +201,22 @@ def write_reply(question: TokenQuestion, verdict: TokenVerdict, mask: Mask) -> b
 
 
 @dataclass(frozen=True, slots=True)
+class TokenDecision:
+    """How a TokenReview was decided, and the answer."""
+
+    question: TokenQuestion
+    asked: Sequence[Answered[TokenAnswer]]
+    """In the order of the configuration; modules after the one that decided are not asked."""
+    verdict: TokenVerdict
+    mask: Mask
+    """What of this review must not be shown."""
+
+    def reply(self) -> bytes:
+        """The answer as JSON, in the version that was sent."""
+        return write_reply(self.question, self.verdict, self.mask)
+
+
+@dataclass(frozen=True, slots=True)
 class Authentication:
     """The chain of authentication modules."""
 
@@ -210,6 +226,10 @@ class Authentication:
 
     async def answer(self, sandbox: Sandbox, body: bytes, *, deadline: float | None) -> bytes:
         """Answers a TokenReview. Raises BadReview."""
+        return (await self.decide(sandbox, body, deadline=deadline)).reply()
+
+    async def decide(self, sandbox: Sandbox, body: bytes, *, deadline: float | None) -> TokenDecision:
+        """Decides a TokenReview, and tells how. Raises BadReview."""
         question = await run_sized(len(body), read_question, body)
         mask = mask_of_token(question.token)
         asked: list[Answered[TokenAnswer]] = []
@@ -225,7 +245,7 @@ class Authentication:
         if verdict is None:
             verdict = refuse([(each.name, each.answer) for each in asked])
         _log_decision(question, verdict, asked, mask)
-        return write_reply(question, verdict, mask)
+        return TokenDecision(question, asked, verdict, mask)
 
 
 def _log_decision(

@@ -216,6 +216,23 @@ def write_reply(question: AccessQuestion, verdict: AccessVerdict) -> bytes:
 
 
 @dataclass(frozen=True, slots=True)
+class AccessDecision:
+    """How a SubjectAccessReview was decided, and the answer."""
+
+    question: AccessQuestion
+    asked: Sequence[Answered[AccessAnswer]]
+    """In the order of the configuration; modules after the one that decided are not asked."""
+    verdict: AccessVerdict | Undecided
+
+    def reply(self) -> bytes:
+        """The answer as JSON, in the version that was sent. Raises Undecided."""
+        if isinstance(self.verdict, Undecided):
+            # Anew: with a traceback it would hold the whole review, in a circle.
+            raise Undecided(*self.verdict.args)
+        return write_reply(self.question, self.verdict)
+
+
+@dataclass(frozen=True, slots=True)
 class Authorization:
     """The chain of authorization modules."""
 
@@ -223,6 +240,10 @@ class Authorization:
 
     async def answer(self, sandbox: Sandbox, body: bytes, *, deadline: float | None) -> bytes:
         """Answers a SubjectAccessReview. Raises BadReview, Undecided."""
+        return (await self.decide(sandbox, body, deadline=deadline)).reply()
+
+    async def decide(self, sandbox: Sandbox, body: bytes, *, deadline: float | None) -> AccessDecision:
+        """Decides a SubjectAccessReview, and tells how. Raises BadReview."""
         question = await run_sized(len(body), read_question, body)
         asked: list[Answered[AccessAnswer]] = []
         for module in self.modules:
@@ -232,28 +253,29 @@ class Authorization:
             asked.append(answered)
             if decides(answered.answer):
                 break
+        verdict: AccessVerdict | Undecided
         try:
             verdict = fold([(each.name, each.answer) for each in asked])
-        except Undecided:
-            _log_decision(question, None, asked)
-            raise
+        except Undecided as error:
+            verdict = error.with_traceback(None)
         _log_decision(question, verdict, asked)
-        return write_reply(question, verdict)
+        return AccessDecision(question, asked, verdict)
 
 
 def _log_decision(
-    question: AccessQuestion, verdict: AccessVerdict | None, asked: Sequence[Answered[AccessAnswer]]
+    question: AccessQuestion, verdict: AccessVerdict | Undecided, asked: Sequence[Answered[AccessAnswer]]
 ) -> None:
+    decided = verdict if isinstance(verdict, AccessVerdict) else None
     _log.info(
         "review",
         kind=SUBJECT_ACCESS_REVIEW.kind,
         api_version=question.api_version,
-        decision=_decision(verdict),
+        decision=_decision(decided),
         user=question.user,
         **_asked_about(question.about),
         decided_by=asked[-1].name if asked and decides(asked[-1].answer) else None,
-        reason=(verdict.reason or None) if verdict else None,
-        error=(verdict.evaluation_error or None) if verdict else None,
+        reason=(decided.reason or None) if decided else None,
+        error=(decided.evaluation_error or None) if decided else None,
         modules=[each.for_log() for each in asked],
     )
 

@@ -49,7 +49,15 @@ def main() -> None:
 @click.option(
     "--https-address", metavar="HOST:PORT", help="Instead of the configuration's. Port 0: any free one."
 )
-@click.option("--grpc-address", metavar="HOST:PORT", help="Instead of the configuration's. Loopback only.")
+@click.option("--grpc-address", metavar="HOST:PORT", help="Instead of the configuration's.")
+@click.option(
+    "--insecure", is_flag=True, help="Serve without TLS on addresses that other machines can reach."
+)
+@click.option(
+    "--allow-broken-modules",
+    is_flag=True,
+    help="Start in spite of modules that cannot be used; their reviews take their failurePolicy.",
+)
 @click.option(
     "--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info", show_default=True
 )
@@ -65,11 +73,15 @@ def serve(**options: Any) -> None:
     Without --config it serves a demo: four modules that know one token, one group and one thing that a
     ConfigMap may not hold. It prints the addresses, the CA certificate and what to paste for a first try.
 
+    SIGHUP, or a change of the configuration, a module or a certificate, makes it load all of them anew. If
+    anything is wrong, it says so and goes on with what it has.
+
     SIGTERM or Ctrl-C lets reviews in flight finish (server.gracePeriod); a second one does not.
     """
+    from bulkhead.service.configfiles import ConfigFiles
     from bulkhead.service.serving import serve as serve_command
 
-    sys.exit(serve_command(**options))
+    sys.exit(serve_command(files=ConfigFiles(bulkhead=options.pop("config")), **options))
 
 
 @main.command()
@@ -134,6 +146,59 @@ def run(**options: Any) -> None:
     from bulkhead.service.running import run as run_command
 
     sys.exit(run_command(**options))
+
+
+@main.command()
+@click.argument("file", type=_PATH, metavar="FILE")
+@click.option("--config", type=_PATH, metavar="FILE", required=True, help="bulkhead.yaml.")
+@click.option(
+    "--stage",
+    type=click.Choice(["mutate", "validate", "both"]),
+    help="Which admission modules to ask.  [default: both, or the one at which the review was recorded]",
+)
+@click.option("--module", metavar="NAME", help="Ask this admission module only.")
+@click.option("--json", "as_json", is_flag=True, help="Everything as one JSON document, for programs.")
+@click.option("--reply", "only_reply", is_flag=True, help="Only what kube-apiserver would get.")
+@click.option(
+    "--operation",
+    type=click.Choice(["CREATE", "UPDATE", "DELETE", "CONNECT"]),
+    help="What is done to a plain object.  [default: CREATE]",
+)
+@click.option("--old", type=_PATH, metavar="FILE", help="The object as it was before an UPDATE.")
+@click.option("--namespace", metavar="NAME", help="Of the request.  [default: the object's, or default]")
+@click.option("--cluster-scoped", is_flag=True, help="The object is in no namespace.")
+@click.option(
+    "--resource", metavar="PLURAL", help="pods, deployments.v1.apps.  [default: guessed from the kind]"
+)
+@click.option("--subresource", metavar="NAME", help="Of the request: status, scale, exec.")
+@click.option("--name", metavar="NAME", help="Of the request.  [default: the object's]")
+@click.option("--user", metavar="NAME", help="Who asks.  [default: bulkhead-review]")
+@click.option("--group", "groups", metavar="NAME", multiple=True, help="A group of theirs; repeatable.")
+@_state_dir_option
+@_wasmtime_option
+def review(**options: Any) -> None:
+    """Answer a saved review, and say which module said what.
+
+    FILE (- is standard input) is JSON or YAML: a TokenReview, SubjectAccessReview or AdmissionReview; a
+    recorded request {"path", "headers", "body"}; or a plain object, which is reviewed as if it were
+    created. A List, or a file of several documents, is answered one by one.
+
+    \b
+      bulkhead review pod.yaml --config bulkhead.yaml
+      bulkhead review new.yaml --config bulkhead.yaml --operation UPDATE --old old.yaml
+
+    Mutating modules are asked first, validating ones about what these made of the object. The options
+    from --operation to --group are for plain objects: what they do not say is guessed, and shown.
+
+    \b
+    Exit codes (of several reviews, the first of 1, 3, 4 and 0 that occurs):
+       0  allowed, authenticated      1  nobody could decide, or Bulkhead failed
+       3  denied, not authenticated   2  wrong usage, file or configuration
+       4  no opinion
+    """
+    from bulkhead.service.reviewing import review as review_command
+
+    sys.exit(review_command(**options))
 
 
 @main.command()

@@ -54,6 +54,17 @@ class Rule:
             and self._matches_scope(target)
         )
 
+    def mismatches(self, target: Target) -> list[str]:
+        """The keys of the rule that keep it from matching; none if it matches."""
+        parts = {
+            "operations": _has(self.operations, target.operation),
+            "apiGroups": _has(self.groups, target.group),
+            "apiVersions": _has(self.versions, target.version),
+            "resources": self._matches_resource(target),
+            "scope": self._matches_scope(target),
+        }
+        return [key for key, matches in parts.items() if not matches]
+
     def _matches_resource(self, target: Target) -> bool:
         return any(
             resource in (ANY, target.resource) and subresource in (ANY, target.subresource)

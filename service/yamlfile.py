@@ -59,7 +59,7 @@ def parse_yaml(path: Path, text: str) -> YamlFile:
         return YamlFile(path, yaml.load(text), yaml.compose(text))
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        raise BadYaml(None if mark is None else mark.line + 1, _explain(error)) from None
+        raise BadYaml(None if mark is None else mark.line + 1, explain_yaml_error(error)) from None
     except YAMLError as error:
         raise BadYaml(None, f"not YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
@@ -84,7 +84,8 @@ def _read_text(path: Path) -> str:
         raise BadYaml(line, "expected UTF-8 text") from None
 
 
-def _explain(error: MarkedYAMLError) -> str:
+def explain_yaml_error(error: MarkedYAMLError) -> str:
+    """What the parser found, in one sentence."""
     problem = " ".join(str(error.problem or error.context or "cannot be read").split())
     if "duplicate key" in problem:
         return problem.split(" with value ")[0].replace("found duplicate key", "duplicate key")

@@ -28,6 +28,7 @@ from bulkhead.v1 import (
     sandbox_pb2_grpc,
 )
 from tests.support.guests import ECHO, ENDINGS
+from tests.support.kubernetes_types import check_reply
 from tests.support.served import REVIEWS, Served, recorded, wait_until
 
 SERVICES = {"bulkhead.v1.ReviewService", "bulkhead.v1.SandboxService", "bulkhead.v1.ModuleService"}
@@ -103,7 +104,10 @@ def test_answers_every_recorded_request_as_over_https(
 ) -> None:
     request = recorded(name)
     _, over_grpc = answer(reviews, name)
-    assert over_grpc == demo.review(request["path"], request["body"])
+    over_https = demo.review(request["path"], request["body"])
+    for reply in (over_grpc, over_https):
+        check_reply(request["path"], request["body"], reply)
+    assert over_grpc == over_https
 
 
 def test_answers_the_four_kinds_rightly(reviews: reviews_pb2_grpc.ReviewServiceStub) -> None:

@@ -15,6 +15,7 @@ import jsonpatch
 import pytest
 
 from tests.support.guests import SLEEPING_VALIDATE
+from tests.support.kubernetes_types import check_reply
 from tests.support.served import REVIEWS, Served, recorded, serve, wait_until
 
 MIB = 1 << 20
@@ -35,6 +36,7 @@ def ask(served: Served, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     answer = reply.json
     assert answer["apiVersion"] == request["body"]["apiVersion"]
     assert answer["kind"] == request["body"]["kind"]
+    check_reply(request["path"], request["body"], answer)
     return request["body"], answer
 
 

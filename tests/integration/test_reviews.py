@@ -19,6 +19,7 @@ from bulkhead.service.config import ConfigError, load_config
 from bulkhead.service.demo import CONFIGURATION
 from bulkhead.service.review import BadReview, ModuleFailed, Reviewer, Stage, Undecided
 from tests.support.guests import PRELUDE, printing
+from tests.support.kubernetes_types import check_reply
 from tests.support.served import REVIEWS, recorded
 
 Wat = Callable[[str], bytes]
@@ -51,6 +52,25 @@ def returning(entry: str) -> str:
     return RETURNING.format(prelude=PRELUDE, entry=entry)
 
 
+class _CheckedReviewer(Reviewer):
+    """Whatever it answers must be an answer to kube-apiserver, too."""
+
+    async def authenticate(self, body: bytes, **options: Any) -> bytes:
+        return _checked("/authn", body, await super().authenticate(body, **options))
+
+    async def authorize(self, body: bytes, **options: Any) -> bytes:
+        return _checked("/authz", body, await super().authorize(body, **options))
+
+    async def admit(self, body: bytes, **options: Any) -> bytes:
+        path = "/mutate" if options["stage"] is Stage.MUTATING else "/validate"
+        return _checked(path, body, await super().admit(body, **options))
+
+
+def _checked(path: str, body: bytes, reply: bytes) -> bytes:
+    check_reply(path, json.loads(body), json.loads(reply))
+    return reply
+
+
 @pytest.fixture(scope="module")
 def state_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shared, so that wasmtime is probed once."""
@@ -69,7 +89,7 @@ async def make(tmp_path: Path, state_dir: Path, wat: Wat) -> AsyncIterator[Make]
         path.write_text(configuration)
         config = load_config(path)
         sandboxes.append(await Sandbox.open(config.sandbox_options(state_dir)))
-        return await Reviewer.open(config, sandboxes[-1])
+        return await _CheckedReviewer.open(config, sandboxes[-1])
 
     yield build
     for sandbox in sandboxes:
@@ -675,7 +695,7 @@ async def test_the_demo_answers_every_recorded_review(state_dir: Path) -> None:
     config = load_config(CONFIGURATION)
     decisions = {}
     async with await Sandbox.open(config.sandbox_options(state_dir)) as sandbox:
-        reviewer = await Reviewer.open(config, sandbox)
+        reviewer = await _CheckedReviewer.open(config, sandbox)
         for name in RECORDED:
             sent = recorded(name)
             reply = json.loads(await answer(reviewer, sent["path"], json.dumps(sent["body"]).encode()))

@@ -192,3 +192,12 @@ def test_agrees_with_the_documentation_over_all_rules(
         scope=scope,
     )
     assert built.matches(asked) == reference(operations, groups, versions, resources, scope, asked)
+    assert built.matches(asked) == (not built.mismatches(asked))
+
+
+def test_says_which_keys_of_a_rule_do_not_match() -> None:
+    built = rule(operations="UPDATE", groups="apps", versions="v2", resources="pods/*", scope="Cluster")
+    assert built.mismatches(target("nodes")) == [
+        "operations", "apiGroups", "apiVersions", "resources", "scope",
+    ]  # fmt: skip
+    assert built.mismatches(target("pods/exec", "UPDATE", "apps", "v2")) == ["scope"]
