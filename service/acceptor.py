@@ -12,6 +12,7 @@ import errno
 import socket
 import ssl
 import struct
+import time
 from collections.abc import Callable
 
 import structlog
@@ -25,6 +26,7 @@ _MOST_HANDSHAKES = 256
 _MOST_CONNECTIONS = 4096
 _OUT_OF_RESOURCES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 _BACK_OFF_SECONDS = 0.1
+_WARNING_SECONDS = 1.0  # between two: anybody can make us write one
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER: no goodbye, nothing left in the kernel
 
 
@@ -47,6 +49,7 @@ class Acceptor:
         self._factory = factory
         self._count_open = count_open
         self._handshakes = asyncio.Semaphore(_MOST_HANDSHAKES)
+        self._next_warning = 0.0
         self._beginning: set[asyncio.Task[None]] = set()
         self._task: asyncio.Task[None] | None = None
 
@@ -99,15 +102,19 @@ class Acceptor:
                 )
         except OSError as error:  # ssl.SSLError and TimeoutError are such
             connection.close()
-            _log.debug("handshake_failed", error=type(error).__name__, reason=_reason(error))
+            self._tell(error)
         except asyncio.CancelledError:
             connection.close()
             raise
 
-
-def _reason(error: OSError) -> str:
-    """Why, in OpenSSL's words; empty where it does not say."""
-    return str(getattr(error, "verify_message", "") or getattr(error, "reason", "") or "")
+    def _tell(self, error: OSError) -> None:
+        """The client often sees no more than a connection that breaks."""
+        now = time.monotonic()
+        if isinstance(error, ssl.SSLCertVerificationError) and now >= self._next_warning:
+            self._next_warning = now + _WARNING_SECONDS
+            _log.warning("client_certificate_refused", reason=error.verify_message)
+        else:
+            _log.debug("handshake_failed", error=type(error).__name__)
 
 
 def _reset(connection: socket.socket) -> None:

@@ -83,7 +83,7 @@ class Clients:
             client = _Client(identity, may_ask=True)
         except (Unauthenticated, NotAllowed) as error:
             client = _Client(identity, may_ask=False)
-            names = sorted(identity.names) if identity else []
-            _log.warning("client_refused", reason=str(error), names=names)
+            if identity is not None:
+                _log.warning("client_refused", reason=str(error), names=sorted(identity.names))
         self._known[connection] = client
         return client

@@ -33,7 +33,7 @@ _PUT_SECONDS = 120.0
 
 
 class ModuleServicer(modules_pb2_grpc.ModuleServiceServicer):
-    """Who reaches the gRPC port may put and delete: it listens on loopback only (docs/security.md)."""
+    """Who may put and delete is checked before (grpc_access.py)."""
 
     def __init__(self, sandbox: Sandbox, names: ModuleNames) -> None:
         self._sandbox = sandbox

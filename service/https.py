@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import time
 from collections.abc import Awaitable, Callable
@@ -95,6 +96,8 @@ class HttpsServer:
         self._clients = Clients(None)
         # Connections with a request that is being read or answered.
         self._busy: set[web.RequestHandler] = set()
+        # There from when it stops.
+        self._last_answer: asyncio.Event | None = None
 
     def start(self, listener: socket.socket, tls: TlsMaterial | None) -> None:
         """Begins to accept; in plaintext if `tls` is None. Raises TlsError."""
@@ -125,25 +128,41 @@ class HttpsServer:
         if self._acceptor is None or self._protocol is None:
             return
         self._acceptor.set_context(self._clients.context)
-        for connection in self._protocol.connections:
+        self._close_idle(self._protocol)
+
+    def _close_idle(self, protocol: web.Server) -> None:
+        """Closes those that no request may come by any more."""
+        for connection in protocol.connections:
             transport = connection.transport
-            if connection not in self._busy and transport is not None and self._clients.is_stale(transport):
-                connection.close()
+            if connection not in self._busy and transport is not None and self._must_end(transport):
+                connection.force_close()  # its close() would leave an idle one open
+
+    def _must_end(self, transport: asyncio.BaseTransport) -> bool:
+        return self._last_answer is not None or self._clients.is_stale(transport)
 
     async def stop(self, grace_seconds: float) -> None:
         """Accepts nothing more, lets requests in flight finish, then closes all connections."""
         if self._acceptor is None or self._protocol is None:
             return
+        deadline = time.monotonic() + grace_seconds
+        self._last_answer = asyncio.Event()
         await self._acceptor.stop()
-        self._protocol.pre_shutdown()
-        await self._protocol.shutdown(grace_seconds)
+        self._close_idle(self._protocol)
+        if self._busy:
+            # Not web.Server's own way: from the first moment on it reads no bytes of bodies any more.
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._last_answer.wait(), grace_seconds)
+        await self._protocol.shutdown(max(deadline - time.monotonic(), 0.0))
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         start = time.monotonic()
         self._busy.add(request.protocol)
         try:
             response = await self._respond(request, start)
-            self._close_if_stale(request, response)
+            transport = request.transport
+            # Another certificate of the client's needs another connection.
+            if response.status == HTTPStatus.UNAUTHORIZED or (transport and self._must_end(transport)):
+                response.force_close()
         except asyncio.CancelledError:
             _log.info(
                 "request_cancelled", path=request.path[:100], seconds=round(time.monotonic() - start, 6)
@@ -151,6 +170,8 @@ class HttpsServer:
             raise
         finally:
             self._busy.discard(request.protocol)
+            if self._last_answer is not None and not self._busy:
+                self._last_answer.set()
         _log.debug(
             "request",
             path=request.path[:100],
@@ -158,12 +179,6 @@ class HttpsServer:
             seconds=round(time.monotonic() - start, 6),
         )
         return response
-
-    def _close_if_stale(self, request: web.BaseRequest, response: web.Response) -> None:
-        """Another certificate of the client's needs another connection."""
-        transport = request.transport
-        if response.status == HTTPStatus.UNAUTHORIZED or (transport and self._clients.is_stale(transport)):
-            response.force_close()
 
     async def _respond(self, request: web.BaseRequest, start: float) -> web.Response:
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import itertools
 import os
 import ssl
 import time
@@ -15,6 +14,7 @@ from typing import Literal
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 
 from bulkhead.sandbox import SandboxError
@@ -82,20 +82,16 @@ def tls_of(section: HttpsConfig | GrpcConfig, generated: TlsMaterial | None) -> 
 
     Reads the files that it names, and where it names no certificate takes `generated`. Files that are
     being replaced may be met in the middle: then it tries again, for less than half a second. Raises
-    TlsError, whose text begins with the path of the configuration's key.
+    TlsError.
     """
     if section.plaintext:
         return None
-    for attempt in itertools.count(1):
+    for _ in range(_ATTEMPTS - 1):
         try:
             return _read(section, generated)
-        except TlsError as error:
-            if isinstance(error, _DoNotFit) and attempt < _ATTEMPTS:
-                time.sleep(_PAUSE_SECONDS)
-                continue
-            name = "grpc" if isinstance(section, GrpcConfig) else "https"
-            raise TlsError(error.key, f"server.{name}.{error.key}: {error}") from None
-    raise AssertionError
+        except _DoNotFit:
+            time.sleep(_PAUSE_SECONDS)
+    return _read(section, generated)
 
 
 def _read(section: HttpsConfig | GrpcConfig, generated: TlsMaterial | None) -> TlsMaterial:
@@ -109,6 +105,8 @@ def _read(section: HttpsConfig | GrpcConfig, generated: TlsMaterial | None) -> T
         admin_names=section.admin_names if isinstance(section, GrpcConfig) else (),
     )
     material.check()
+    if isinstance(section, GrpcConfig):
+        _require_known_to_grpc(_private_key(material.key))
     return material
 
 
@@ -146,9 +144,6 @@ def server_context(material: TlsMaterial) -> ssl.SSLContext:
         context.verify_mode = ssl.CERT_OPTIONAL
         # An intermediate authority may stand in the bundle without the one above it, as with Go.
         context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
-        # A resumed session would show a certificate that is not checked again.
-        context.num_tickets = 0
-        context.options |= ssl.OP_NO_TICKET
     return context
 
 
@@ -204,6 +199,15 @@ def _fits(certificate: x509.Certificate, key: PrivateKeyTypes) -> bool:
     spki = serialization.PublicFormat.SubjectPublicKeyInfo
     theirs = certificate.public_key().public_bytes(_PEM, spki)
     return key.public_key().public_bytes(_PEM, spki) == theirs
+
+
+def _require_known_to_grpc(key: PrivateKeyTypes) -> None:
+    """With others its server starts, and fails in every handshake."""
+    elliptic = isinstance(key, ec.EllipticCurvePrivateKey) and isinstance(
+        key.curve, ec.SECP256R1 | ec.SECP384R1
+    )
+    if not elliptic and not isinstance(key, rsa.RSAPrivateKey):
+        raise TlsError("key", "expected an RSA key, or an elliptic one on P-256 or P-384, which gRPC knows")
 
 
 def _require_valid_now(certificate: x509.Certificate) -> None:
