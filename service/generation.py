@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 from bulkhead.sandbox import Runtime, Sandbox
 from bulkhead.service.certificate import ensure_certificate
@@ -53,60 +52,72 @@ class Generation:
         return f"Generation({self.number})"
 
 
-async def make_generation(
-    options: ServeOptions, config: Config, number: int, *, tolerate: Callable[[Key], bool]
-) -> tuple[Generation, Runtime]:
-    """Reads all that the configuration names, and makes sure that all modules can be run.
+class Generations:
+    """Makes generations, one after the other, from the files as they are by then."""
 
-    Raises ConfigError with every problem, SandboxError. `tolerate`: see `find_chains`.
-    """
-    https_tls, grpc_tls = await read_certificates(options, config)
-    async with await Sandbox.open(sandbox_options(config, options.state_dir, options.wasmtime)) as sandbox:
-        chains = await find_chains(config, sandbox, tolerate=tolerate)
-        runtime = sandbox.runtime
-    generation = Generation(
-        number=number,
-        config=config.without_sources(),
-        pins=pins_of(chains),
-        https_tls=https_tls,
-        grpc_tls=grpc_tls,
-    )
-    return generation, runtime
+    def __init__(self, options: ServeOptions) -> None:
+        self._options = options
+        self._generated: TlsMaterial | None = None
+        """Made anew at a start only: clients that trust its authority must not lose it at any moment."""
 
+    async def make(
+        self, config: Config, number: int, *, tolerate: Callable[[Key], bool]
+    ) -> tuple[Generation, Runtime]:
+        """Reads all that the configuration names, and makes sure that all modules can be run.
 
-async def with_fresh_certificates(options: ServeOptions, generation: Generation) -> Generation | None:
-    """The same with its certificates as they are by now; None if nothing has changed.
+        Raises ConfigError with every problem, SandboxError. `tolerate`: see `find_chains`.
+        """
+        https_tls, grpc_tls = await self._certificates(config)
+        chosen = sandbox_options(config, self._options.state_dir, self._options.wasmtime)
+        async with await Sandbox.open(chosen) as sandbox:
+            chains = await find_chains(config, sandbox, tolerate=tolerate)
+            runtime = sandbox.runtime
+        generation = Generation(
+            number=number,
+            config=config.without_sources(),
+            pins=pins_of(chains),
+            https_tls=https_tls,
+            grpc_tls=grpc_tls,
+        )
+        return generation, runtime
 
-    Raises ConfigError, SandboxError.
-    """
-    https_tls, grpc_tls = await read_certificates(options, generation.config)
-    if (https_tls, grpc_tls) == (generation.https_tls, generation.grpc_tls):
-        return None
-    return replace(generation, number=generation.number + 1, https_tls=https_tls, grpc_tls=grpc_tls)
+    async def with_fresh_certificates(self, generation: Generation) -> Generation | None:
+        """The same with its certificates as they are by now; None if nothing has changed.
+
+        Raises ConfigError, SandboxError.
+        """
+        https_tls, grpc_tls = await self._certificates(generation.config)
+        if (https_tls, grpc_tls) == (generation.https_tls, generation.grpc_tls):
+            return None
+        return replace(generation, number=generation.number + 1, https_tls=https_tls, grpc_tls=grpc_tls)
+
+    async def _certificates(self, config: Config) -> tuple[TlsMaterial | None, TlsMaterial | None]:
+        https = config.server.https
+        if self._generated is None and https.certificate is None and not https.plaintext:
+            folder = self._options.state_dir / "tls"
+            self._generated = ensure_certificate(folder, self._options.https.host).material()
+        return await read_certificates(config, self._generated)
 
 
 async def read_certificates(
-    options: ServeOptions, config: Config
+    config: Config, generated: TlsMaterial | None
 ) -> tuple[TlsMaterial | None, TlsMaterial | None]:
-    """What the two front ends show and ask for; None for plain text.
-
-    Raises ConfigError, SandboxError.
-    """
-    https = config.server.https
-    generated = None
-    if https.certificate is None and not https.plaintext:
-        generated = ensure_certificate(options.state_dir / "tls", options.https.host).material()
-    return await _tls(config, "https", generated), await _tls(config, "grpc", None)
-
-
-async def _tls(
-    config: Config, front_end: Literal["https", "grpc"], generated: TlsMaterial | None
-) -> TlsMaterial | None:
-    try:
-        # In a thread: it waits for files that are just being swapped.
-        return await asyncio.to_thread(tls_of, getattr(config.server, front_end), generated)
-    except TlsError as error:
-        raise ConfigError([config.problem(("server", front_end, error.key), str(error))]) from None
+    """What HTTPS and gRPC show and ask for; None for plain text. Raises ConfigError with every problem."""
+    found: list[TlsMaterial | None] = []
+    problems = []
+    for name, section, made in (
+        ("https", config.server.https, generated),
+        ("grpc", config.server.grpc, None),
+    ):
+        try:
+            # In a thread: it waits for files that are just being swapped.
+            found.append(await asyncio.to_thread(tls_of, section, made))
+        except TlsError as error:
+            problems.append(config.problem(("server", name, error.key), str(error)))
+    if problems:
+        raise ConfigError(problems)
+    https_tls, grpc_tls = found
+    return https_tls, grpc_tls
 
 
 def files_of(config: Config) -> frozenset[Path]:

@@ -23,12 +23,11 @@ from bulkhead.sandbox import Runtime, SandboxError
 from bulkhead.service.config import Address, Config, ConfigError
 from bulkhead.service.generation import (
     Generation,
+    Generations,
     ServeOptions,
     files_of,
-    make_generation,
     needs_restart,
     uses_network,
-    with_fresh_certificates,
 )
 from bulkhead.service.listener import listen
 from bulkhead.service.watch import FileWatch
@@ -83,6 +82,7 @@ class Supervisor:
 
     def __init__(self, options: ServeOptions) -> None:
         self._options = options
+        self._generations = Generations(options)
         self._workers: list[WorkerProcess] = []
         self._listener: socket.socket | None = None
         self._serving: Serving | None = None
@@ -103,8 +103,8 @@ class Supervisor:
         options = self._options
         self._listener = listen(options.https, "--https-address")
         config = await self._load()
-        generation, runtime = await make_generation(
-            options, config, 1, tolerate=lambda _: options.allow_broken_modules
+        generation, runtime = await self._generations.make(
+            config, 1, tolerate=lambda _: options.allow_broken_modules
         )
         for warning in runtime.warnings:
             _log.warning("wasmtime", warning=warning)
@@ -237,8 +237,7 @@ class Supervisor:
         current = self._generation
         try:
             config = await self._load()
-            new, _ = await make_generation(
-                self._options,
+            new, _ = await self._generations.make(
                 config,
                 current.number + 1,
                 # What has been broken from the start need not be repaired first.
@@ -258,7 +257,7 @@ class Supervisor:
         """Certificates run out: they do not wait until the rest is repaired."""
         current = self._generation
         try:
-            new = await with_fresh_certificates(self._options, current)
+            new = await self._generations.with_fresh_certificates(current)
             if new is None:
                 return
             await self._switch(new)
@@ -274,6 +273,8 @@ class Supervisor:
         # Looked at before it is read: what changes in between will look changed.
         self._tried = await self._look()
         config = self._options.files.load(insecure=self._options.insecure)
+        for note in config.notes:
+            _log.info("configuration_note", note=str(note))
         watched = {*self._options.files.paths, *files_of(config)}
         if self._serving is not None:
             watched |= files_of(self._generation.config)

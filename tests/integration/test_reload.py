@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import signal
+import ssl
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -16,6 +18,7 @@ from typing import Any
 import pytest
 
 from bulkhead.v1 import reviews_pb2, reviews_pb2_grpc
+from tests.support.certificates import Authority, Pair
 from tests.support.guests import PRELUDE, printing
 from tests.support.served import Served, command, serve, wait_until
 
@@ -383,3 +386,42 @@ def test_a_broken_admission_module_takes_its_failure_policy(
             assert reply.json["response"]["allowed"] is allowed
         assert "not_usable" in reply.body.decode()
         assert str(tmp_path) not in reply.body.decode()
+
+
+# Certificates
+
+
+def shown(served: Served) -> bytes:
+    """The certificate that the HTTPS front end shows."""
+    return ssl.PEM_cert_to_DER_cert(ssl.get_server_certificate(served.https_address))
+
+
+def first_of(pair: Pair) -> bytes:
+    return ssl.PEM_cert_to_DER_cert(pair.certificate.decode())
+
+
+def test_certificates_do_not_wait_until_a_policy_is_repaired(tmp_path: Path, wat: Wat) -> None:
+    authority = Authority()
+    before, after = authority.server(), authority.server()
+    before.write(tmp_path)
+    configuration = CONFIGURATION.replace(
+        "server: {", "server: {https: {certificate: tls.crt, key: tls.key}, "
+    )
+    with reloading(tmp_path, wat, configuration) as service:
+        assert shown(service.served) == first_of(before)
+        replace_file(tmp_path / "who.wasm", NOT_WASM)
+        replace_file(tmp_path / "tls.key", after.key)
+        service.hang_up()
+        service.wait_for_log("certificates_refused")
+        assert shown(service.served) == first_of(before), "a key alone is no pair"
+        replace_file(tmp_path / "tls.crt", after.certificate)
+        service.wait_for_generation(2)
+        assert "certificates_reloaded" in service.served.log()
+        assert shown(service.served) == first_of(after)
+        connection = http.client.HTTPSConnection(
+            *service.served.https_address, context=ssl.create_default_context(cadata=authority.pem.decode())
+        )
+        connection.request("POST", "/authn", json.dumps(TOKEN_REVIEW), {"Content-Type": "application/json"})
+        assert json.loads(connection.getresponse().read())["status"]["user"]["username"] == "first"
+        connection.close()
+        assert service.served.log().count("reload_refused") == 2
