@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,39 @@ def _wasmtime_option(command: Any) -> Any:
     )(command)
 
 
+# Options of the command line, and what ConfigFiles calls them.
+_K8S_WASM_FILES = {
+    "--authentication-wasm-config-file": ("authentication", "k8s-wasm's modules for authentication."),
+    "--authorization-wasm-config-file": ("authorization", "k8s-wasm's modules for authorization."),
+    "--admission-control-config-file": ("admission", "An AdmissionConfiguration with the plugin WASM."),
+}
+
+
+def config_options(*, demo: bool = False) -> Callable[[Any], Any]:
+    """The options that name configuration files; the command gets them as `files`, one ConfigFiles.
+
+    `demo`: it can do without any of them.
+    """
+    fields = {"bulkhead": "config", **{field: field for field, _ in _K8S_WASM_FILES.values()}}
+
+    def decorate(command: Any) -> Any:
+        @wraps(command)
+        def with_files(**options: Any) -> Any:
+            from bulkhead.service.configfiles import ConfigFiles
+
+            files = ConfigFiles(**{field: options.pop(name) for field, name in fields.items()})
+            if not files.paths and not demo:
+                raise click.UsageError("Missing option '--config', or one of k8s-wasm's configuration files.")
+            return command(files=files, **options)
+
+        for flag, (field, text) in reversed(_K8S_WASM_FILES.items()):
+            with_files = click.option(flag, field, type=_PATH, metavar="FILE", help=text)(with_files)
+        text = "bulkhead.yaml.  [default: the built-in demo]" if demo else "bulkhead.yaml."
+        return click.option("--config", type=_PATH, metavar="FILE", help=text)(with_files)
+
+    return decorate
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="bulkhead")
 def main() -> None:
@@ -43,7 +78,7 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--config", type=_PATH, metavar="FILE", help="bulkhead.yaml.  [default: the built-in demo]")
+@config_options(demo=True)
 @_state_dir_option
 @_wasmtime_option
 @click.option(
@@ -70,7 +105,7 @@ def main() -> None:
 def serve(**options: Any) -> None:
     """Answer reviews over HTTPS and gRPC.
 
-    Without --config it serves a demo: four modules that know one token, one group and one thing that a
+    Without a configuration it serves a demo: four modules that know one token, one group and one thing that a
     ConfigMap may not hold. It prints the addresses, the CA certificate and what to paste for a first try.
 
     SIGHUP, or a change of the configuration, a module or a certificate, makes it load all of them anew. If
@@ -78,24 +113,24 @@ def serve(**options: Any) -> None:
 
     SIGTERM or Ctrl-C lets reviews in flight finish (server.gracePeriod); a second one does not.
     """
-    from bulkhead.service.configfiles import ConfigFiles
     from bulkhead.service.serving import serve as serve_command
 
-    sys.exit(serve_command(files=ConfigFiles(bulkhead=options.pop("config")), **options))
+    sys.exit(serve_command(**options))
 
 
 @main.command()
-@click.option("--config", type=_PATH, metavar="FILE", required=True, help="bulkhead.yaml.")
+@config_options()
 @_state_dir_option
 @_wasmtime_option
-def check(config: Path, state_dir: Path | None, wasmtime: Path | None) -> None:
+def check(**options: Any) -> None:
     """Say whether a configuration would be served, and everything that is wrong with it.
 
-    Reads the file, and loads and compiles its modules; serves nothing. Exit code 0: it is good.
+    Reads the files, and loads and compiles their modules; serves nothing. Notes, on standard error, are of
+    what is ignored or has another name here. Exit code 0: it is good.
     """
     from bulkhead.service.checking import check as check_command
 
-    sys.exit(check_command(config, state_dir, wasmtime))
+    sys.exit(check_command(**options))
 
 
 @main.command()
@@ -150,7 +185,7 @@ def run(**options: Any) -> None:
 
 @main.command()
 @click.argument("file", type=_PATH, metavar="FILE")
-@click.option("--config", type=_PATH, metavar="FILE", required=True, help="bulkhead.yaml.")
+@config_options()
 @click.option(
     "--stage",
     type=click.Choice(["mutate", "validate", "both"]),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,12 @@ from bulkhead.service.configmodel import (
     RunLimits,
     TlsConfig,
 )
+from bulkhead.service.document import Document
 from bulkhead.service.modulesource import FileSource, default_name, parse_source
-from bulkhead.service.problems import ConfigError, Problem, key_path, problem_at
+from bulkhead.service.problems import ConfigError, Place, Places, Problem, key_path
 from bulkhead.service.scalars import Address
 from bulkhead.service.words import cut
-from bulkhead.service.yamlfile import BadYaml, Location, YamlFile, read_yaml
+from bulkhead.service.yamlfile import BadYaml, Location, read_yaml
 
 __all__ = [
     "Address",
@@ -42,9 +43,13 @@ __all__ = [
     "Problem",
     "RuleConfig",
     "TlsConfig",
+    "check_documents",
     "exposed",
     "load_config",
+    "read_document",
 ]
+
+_SECTIONS = ("authentication", "authorization", "admission")
 
 # Of webhook configurations; people will try them here.
 _NOT_SUPPORTED = {
@@ -58,10 +63,15 @@ _NOT_SUPPORTED = {
 
 
 def load_config(path: Path, *, insecure: bool = False) -> Config:
-    """Reads and checks a configuration file. Raises ConfigError with all its problems.
+    """Reads and checks a bulkhead.yaml alone. Raises ConfigError with all its problems.
 
     `insecure` allows addresses that other machines can reach without TLS.
     """
+    return check_documents([read_document(path)], insecure=insecure)
+
+
+def read_document(path: Path) -> Document:
+    """Reads a bulkhead.yaml, and does not check it. Raises ConfigError."""
     try:
         source = read_yaml(path)
     except BadYaml as error:
@@ -70,29 +80,78 @@ def load_config(path: Path, *, insecure: bool = False) -> Config:
         got = "an empty file" if source.value is None else _shown_input(source.value)
         expected = f"expected a mapping with the sections {', '.join(_keys_of(Config))}, got {got}"
         raise ConfigError([Problem("", None, expected, str(path))])
-    return _check(source, insecure=insecure)
+    return Document(
+        value=source.value,
+        folder=path.absolute().parent,
+        places=Places({(): Place(source)}),
+        files=(path.absolute(),),
+    )
 
 
-def _check(source: YamlFile, *, insecure: bool) -> Config:
+def check_documents(
+    documents: Sequence[Document], *, insecure: bool = False, known: Sequence[Problem] = ()
+) -> Config:
+    """One configuration of several documents: what the first says, with the modules of the others.
+
+    Raises ConfigError with the problems of all, after those that are `known`.
+    """
+    problems, configs = list(known), []
+    for document in documents:
+        config, found = _check(document, insecure=insecure)
+        problems += found
+        configs.append(config)
+    problems += _given_twice(documents)
+    if problems:  # otherwise the modules are loaded next, and what is wrong with each is told then
+        for document in documents:
+            problems += _missing_modules(document)
+        raise ConfigError(_in_order(problems))
+    return _merge(documents, configs)
+
+
+def _check(document: Document, *, insecure: bool) -> tuple[Config, list[Problem]]:
+    """The configuration has nothing in it if there are problems."""
     problems: list[Problem] = []
-    config: Config | None = None
+    config = Config()
     try:
-        config = Config.model_validate(source.value, context={"folder": source.path.absolute().parent})
-        config._source = source
-        config._files = (source.path.absolute(),)
+        config = Config.model_validate(document.value, context={"folder": document.folder})
         if not insecure:
-            problems = [config.problem(location, message) for location, message in _exposed(config)]
+            problems = [document.problem(location, message) for location, message in _exposed(config)]
     except ValidationError as error:
         problems = [
-            problem_at(source, detail["loc"], _explain(detail)) for detail in _first_causes(error.errors())
+            document.problem(detail["loc"], _explain(detail)) for detail in _first_causes(error.errors())
         ]
-    problems += _repeated_names(source)
-    problems += _impossible_limits(source)
-    if problems:  # otherwise the modules are loaded next, and what is wrong with each is told then
-        problems += _missing_modules(source)
-    if problems or config is None:
-        raise ConfigError(sorted(problems, key=lambda problem: problem.line or 0))
-    return config
+    problems += _repeated_names(document)
+    problems += _impossible_limits(document)
+    return config, problems
+
+
+def _given_twice(documents: Sequence[Document]) -> Iterator[Problem]:
+    for section in _SECTIONS:
+        holders = [each for each in documents if any(_modules_of(each, section))]
+        for other in holders[1:]:
+            where = ", ".join(map(str, other.files))
+            message = f"expected modules here or in {where}, got both: remove those of one"
+            yield holders[0].problem((section, "modules"), message)
+
+
+def _in_order(problems: list[Problem]) -> list[Problem]:
+    """File by file, each from top to bottom."""
+    files = list(dict.fromkeys(problem.file for problem in problems))
+    return sorted(problems, key=lambda problem: (files.index(problem.file), problem.line or 0))
+
+
+def _merge(documents: Sequence[Document], configs: Sequence[Config]) -> Config:
+    merged, places = configs[0], documents[0].places
+    for document, config in zip(documents[1:], configs[1:], strict=True):
+        for section in _SECTIONS:
+            if modules := getattr(config, section).modules:
+                part = getattr(merged, section).model_copy(update={"modules": modules})
+                merged = merged.model_copy(update={section: part})
+                places |= document.places
+    merged._places = places
+    merged._files = tuple(file for document in documents for file in document.files)
+    merged._notes = tuple(_in_order([note for document in documents for note in document.notes]))
+    return merged
 
 
 def _exposed(config: Config) -> Iterator[tuple[Location, str]]:
@@ -135,19 +194,23 @@ def _at(value: Any, location: Location) -> Any:
     return value
 
 
-def _modules_in(source: YamlFile) -> Iterator[tuple[Location, dict[str, Any]]]:
-    """The modules that are in the file, whatever else is wrong with it."""
-    for section in ("authentication", "authorization", "admission"):
-        modules = _at(source.value, (section, "modules"))
-        for index, module in enumerate(modules if isinstance(modules, list) else ()):
-            if isinstance(module, dict):
-                yield (section, "modules", index), module
+def _modules_in(document: Document) -> Iterator[tuple[Location, dict[str, Any]]]:
+    """The modules that are in the document, whatever else is wrong with it."""
+    for section in _SECTIONS:
+        yield from _modules_of(document, section)
 
 
-def _repeated_names(source: YamlFile) -> list[Problem]:
+def _modules_of(document: Document, section: str) -> Iterator[tuple[Location, dict[str, Any]]]:
+    modules = _at(document.value, (section, "modules"))
+    for index, module in enumerate(modules if isinstance(modules, list) else ()):
+        if isinstance(module, dict):
+            yield (section, "modules", index), module
+
+
+def _repeated_names(document: Document) -> list[Problem]:
     problems = []
     seen: dict[tuple[str | int, str], Location] = {}
-    for location, module in _modules_in(source):
+    for location, module in _modules_in(document):
         name, path = module.get("name"), module.get("module")
         if name is None and isinstance(path, str):
             name = _default_name(path)
@@ -156,20 +219,20 @@ def _repeated_names(source: YamlFile) -> list[Problem]:
         first = seen.setdefault((location[0], name), location)
         if first is not location:
             message = f"expected a name of its own, got {name!r}, which {key_path(first)} has; set name"
-            problems.append(problem_at(source, (*location, "name"), message))
+            problems.append(document.problem((*location, "name"), message))
     return problems
 
 
-def _missing_modules(source: YamlFile) -> list[Problem]:
+def _missing_modules(document: Document) -> list[Problem]:
     problems = []
-    for location, module in _modules_in(source):
+    for location, module in _modules_in(document):
         try:
-            parsed = parse_source(str(module.get("module", "")), source.path.absolute().parent)
+            parsed = parse_source(str(module.get("module", "")), document.folder)
         except ValueError:
             continue  # told already
         if isinstance(parsed, FileSource) and not parsed.path.exists():
             message = f"expected the path of a module, but there is no file {parsed.path}"
-            problems.append(problem_at(source, (*location, "module"), message))
+            problems.append(document.problem((*location, "module"), message))
     return problems
 
 
@@ -180,19 +243,19 @@ def _default_name(source: str) -> str | None:
         return None  # told already
 
 
-def _impossible_limits(source: YamlFile) -> list[Problem]:
+def _impossible_limits(document: Document) -> list[Problem]:
     """Limits that can be read but that no run can have, each by itself."""
     problems = []
-    places: list[Location] = [("limits",), *((*location, "limits") for location, _ in _modules_in(source))]
+    places: list[Location] = [("limits",), *((*location, "limits") for location, _ in _modules_in(document))]
     for place in places:
-        section = _at(source.value, place)
+        section = _at(document.value, place)
         for key, value in section.items() if isinstance(section, dict) else ():
             try:
                 RunLimits.model_validate({key: value}).over(Limits())
             except InvalidRequest as error:
                 bounds = str(error).partition("; it must be ")[2]
                 message = f"expected a value {bounds}, got {_shown_input(value)}"
-                problems.append(problem_at(source, (*place, key), message))
+                problems.append(document.problem((*place, key), message))
             except ValidationError:
                 continue  # told already
     return problems

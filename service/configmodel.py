@@ -33,7 +33,7 @@ from bulkhead.service.modulesource import (
     default_name,
     parse_source,
 )
-from bulkhead.service.problems import Problem, problem_at
+from bulkhead.service.problems import Places, Problem
 from bulkhead.service.scalars import (
     Address,
     Bytes,
@@ -49,7 +49,7 @@ from bulkhead.service.scalars import (
     folder_of,
 )
 from bulkhead.service.words import cut
-from bulkhead.service.yamlfile import Location, YamlFile
+from bulkhead.service.yamlfile import Location
 
 MOST_MODULES = 1000  # of one section; each is compiled, and held in memory
 
@@ -314,8 +314,9 @@ class Config(_Model):
     authorization: AuthorizationConfig = AuthorizationConfig()
     admission: AdmissionConfig = AdmissionConfig()
 
-    _source: YamlFile | None = PrivateAttr(default=None)
+    _places: Places = PrivateAttr(default_factory=Places)
     _files: tuple[Path, ...] = PrivateAttr(default=())
+    _notes: tuple[Problem, ...] = PrivateAttr(default=())
 
     def limits_of(self, module: ModuleConfig) -> Limits:
         """What a run of this module may use."""
@@ -349,7 +350,7 @@ class Config(_Model):
     def without_sources(self) -> Config:
         """A copy that does not know where its values stand, to be handed to another process."""
         copy = self.model_copy()
-        copy._source = None
+        copy._places = Places()
         return copy
 
     @property
@@ -359,4 +360,14 @@ class Config(_Model):
 
     def problem(self, location: Location, message: str) -> Problem:
         """A mistake that shows only when the configuration is put to use."""
-        return problem_at(self._source, location, message)
+        return self._places.problem(location, message)
+
+    def file_of(self, location: Location) -> Path | None:
+        """The file in which a value stands."""
+        place = self._places.find(location)
+        return None if place is None else place.file.path
+
+    @property
+    def notes(self) -> tuple[Problem, ...]:
+        """What is no mistake in its files, but should be known: what is ignored, or has another name here."""
+        return self._notes

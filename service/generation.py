@@ -92,11 +92,17 @@ class Generations:
         return replace(generation, number=generation.number + 1, https_tls=https_tls, grpc_tls=grpc_tls)
 
     async def _certificates(self, config: Config) -> tuple[TlsMaterial | None, TlsMaterial | None]:
-        https = config.server.https
-        if self._generated is None and https.certificate is None and not https.plaintext:
-            folder = self._options.state_dir / "tls"
-            self._generated = ensure_certificate(folder, self._options.https.host).material()
+        if self._generated is None:
+            self._generated = generated_certificate(config, self._options.state_dir, self._options.https.host)
         return await read_certificates(config, self._generated)
+
+
+def generated_certificate(config: Config, state_dir: Path, host: str) -> TlsMaterial | None:
+    """One of our own for HTTPS, where the configuration asks for none other. Raises SandboxError."""
+    https = config.server.https
+    if https.certificate is not None or https.plaintext:
+        return None
+    return ensure_certificate(state_dir / "tls", host).material()
 
 
 async def read_certificates(

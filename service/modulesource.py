@@ -104,7 +104,12 @@ def parse_source(text: str, folder: Path) -> ModuleSource:
 
 def default_name(source: ModuleSource) -> str:
     """A module's name when none is given: `My_policy.wasm` is `my-policy`."""
-    name = _NOT_IN_NAMES.sub("-", source.base_name.removesuffix(".wasm").lower()).strip("-")
+    return name_from(source.base_name)
+
+
+def name_from(text: str) -> str:
+    """A name that a module can have, as close to the text as possible."""
+    name = _NOT_IN_NAMES.sub("-", text.removesuffix(".wasm").lower()).strip("-")
     return name[:MAX_NAME_LENGTH].rstrip("-") or "module"
 
 

@@ -6,8 +6,12 @@ for the modes of files, and `yes` and `on` for true. It converts to JSON, so key
 
 from __future__ import annotations
 
+import json
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
@@ -18,7 +22,7 @@ from ruamel.yaml.tag import Tag
 
 from bulkhead.service import strictjson
 from bulkhead.service.strictjson import MAX_DEPTH
-from bulkhead.service.yamlfile import BadYaml, explain_yaml_error
+from bulkhead.service.yamlfile import BadYaml, YamlFile, explain_yaml_error, read_text
 
 MOST_VALUES = 1_000_000  # a few aliases of aliases can stand for more than fits into memory
 
@@ -37,11 +41,43 @@ _LARGEST_PLAIN_FLOAT = 1e21  # from here on JSON is written with an exponent
 
 def read_object_yaml(text: str) -> list[bytes]:
     """The documents that are not empty, as JSON. Raises BadYaml."""
+    with _told_as_bad_yaml():
+        values = [_Reader().value(node) for node in _yaml().compose_all(text)]
+        return [strictjson.encode(value) for value in values if value is not None]
+
+
+def read_object_file(path: Path) -> YamlFile:
+    """A file with one document, and where its values stand. Raises BadYaml."""
+    text = read_text(path)
+    is_json = _is_json(text)
+    with _told_as_bad_yaml():
+        # JSON may be indented with tabs.
+        root = _yaml().compose(text.replace("\t", " ") if is_json else text)
+        value = None if root is None else _Reader().value(root)
+    # YAML does not know that two escapes may be one character.
+    return YamlFile(path, json.loads(text) if is_json else value, root)
+
+
+def _is_json(text: str) -> bool:
+    if not text.lstrip().startswith("{"):
+        return False
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False  # a mapping of YAML may begin like that as well
+    return True
+
+
+def _yaml() -> YAML:
     yaml = YAML(typ="safe", pure=True)
     yaml.Resolver = _Resolver
+    return yaml
+
+
+@contextmanager
+def _told_as_bad_yaml() -> Iterator[None]:
     try:
-        values = [_Reader().value(node) for node in yaml.compose_all(text)]
-        return [strictjson.encode(value) for value in values if value is not None]
+        yield
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         raise BadYaml(None if mark is None else mark.line + 1, explain_yaml_error(error)) from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from bulkhead.service.yamlfile import Location, YamlFile
@@ -31,11 +31,43 @@ class ConfigError(Exception):
         super().__init__("\n".join(map(str, self.problems)))
 
 
-def problem_at(source: YamlFile | None, location: Location, message: str) -> Problem:
-    """The mistake at a key, with its line if the file is known."""
-    if source is None:
-        return Problem(key_path(location), None, message)
-    return Problem(key_path(location), source.line_of(location), message, str(source.path))
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A value in a file."""
+
+    file: YamlFile
+    location: Location = ()
+
+
+class Places:
+    """Where the parts of a configuration stand, which may be several files."""
+
+    def __init__(self, starts: Mapping[Location, Place] | None = None) -> None:
+        """Each place holds for what is below its location as well, unless that has one of its own."""
+        self._starts = dict(starts or {})
+
+    def __or__(self, other: Places) -> Places:
+        """Both; of what both know, the place of `other`."""
+        return Places({**self._starts, **other._starts})
+
+    def find(self, location: Location) -> Place | None:
+        """Where a value stands; None if that is not known."""
+        for length in range(len(location), -1, -1):
+            start = self._starts.get(location[:length])
+            if start is not None:
+                return Place(start.file, start.location + location[length:])
+        return None
+
+    def problem(self, location: Location, message: str) -> Problem:
+        """The mistake at a value, in the words of the file that it stands in."""
+        place = self.find(location)
+        return Problem(key_path(location), None, message) if place is None else problem_at(place, message)
+
+
+def problem_at(place: Place, message: str) -> Problem:
+    """The mistake at a value of a file."""
+    line = place.file.line_of(place.location)
+    return Problem(key_path(place.location), line, message, str(place.file.path))
 
 
 def key_path(location: Location) -> str:

@@ -15,7 +15,8 @@ from bulkhead.service.admission import Stage, replace_object
 from bulkhead.service.admission_answer import ADMISSION_REVIEW
 from bulkhead.service.authentication import TOKEN_REVIEW
 from bulkhead.service.cli import EXIT_FAILED, EXIT_USAGE
-from bulkhead.service.config import Config, ConfigError, load_config
+from bulkhead.service.config import Config, ConfigError
+from bulkhead.service.configfiles import ConfigFiles
 from bulkhead.service.configured import sandbox_options
 from bulkhead.service.explaining import document, outcome, print_explanation, print_summary
 from bulkhead.service.explanation import (
@@ -66,7 +67,7 @@ class Choice:
 
 def review(
     file: Path,
-    config: Path,
+    files: ConfigFiles,
     stage: str | None,
     module: str | None,
     as_json: bool,
@@ -84,7 +85,7 @@ def review(
     try:
         if as_json and only_reply:
             raise WrongUsage("--json and --reply: choose one of them")
-        loaded = load_config(config)
+        loaded = files.load()
         given = {key: value for key, value in request.items() if value}
         reviews = read_reviews(file, Request(**given) if given or old else None, old)
         _require_size(reviews, loaded)
@@ -99,7 +100,7 @@ def review(
         )
     except ConfigError as error:
         click.echo(str(error), err=True)
-        click.echo(f"bulkhead: {config} cannot be served; see above", err=True)
+        click.echo("bulkhead: the configuration cannot be served; see above", err=True)
         return EXIT_USAGE
     except (BadReviewFile, WrongUsage) as error:
         click.echo(f"bulkhead: {error}", err=True)

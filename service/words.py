@@ -20,3 +20,8 @@ def clean(text: str, most: int) -> str:
 def cut(text: str, most: int) -> str:
     """At most `most` characters; what was cut shows."""
     return text if len(text) <= most else text[: most - 1] + ELLIPSIS
+
+
+def counted(number: int, thing: str) -> str:
+    """`1 module`, `2 modules`"""
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"

@@ -49,7 +49,7 @@ def read_yaml(path: Path) -> YamlFile:
 
     Raises BadYaml.
     """
-    return parse_yaml(path, _read_text(path))
+    return parse_yaml(path, read_text(path))
 
 
 def parse_yaml(path: Path, text: str) -> YamlFile:
@@ -69,7 +69,8 @@ def parse_yaml(path: Path, text: str) -> YamlFile:
         raise BadYaml(None, f"not YAML: {error}") from None
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The whole file. Raises BadYaml."""
     try:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)

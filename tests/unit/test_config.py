@@ -481,7 +481,8 @@ def test_a_configuration_cannot_be_changed(load: Load) -> None:
 def test_the_documented_configuration_can_be_loaded(load: Load, tmp_path: Path) -> None:
     page = Path(__file__).parents[2] / "docs" / "configuration.md"
     (text,) = re.findall(r"```yaml\n(.*?)```", page.read_text(), re.DOTALL)
-    for name in re.findall(r"module: (\S+\.wasm)", text):
+    (tmp_path / "tls").mkdir()
+    for name in re.findall(r": (\S+\.(?:wasm|crt|key))", text):
         (tmp_path / name).write_bytes(b"")
     config = load(text)
     assert [len(modules) for _, modules in config.sections()] == [1, 1, 1]
