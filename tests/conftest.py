@@ -18,16 +18,16 @@ def wat() -> Callable[[str], bytes]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the tests marked `slow`, too")
+    parser.addoption("--e2e", action="store_true", help="run the tests marked `e2e`, too")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves slow tests out, unless asked. Left out is not skipped: nothing may be skipped in CI."""
-    if config.getoption("--slow"):
-        return
-    slow = [item for item in items if item.get_closest_marker("slow")]
-    if slow:
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+    """Leaves slow and e2e tests out, unless asked. Left out is not skipped: nothing may be skipped in CI."""
+    out = [marker for marker in ("slow", "e2e") if not config.getoption(f"--{marker}")]
+    left_out = [item for item in items if any(map(item.get_closest_marker, out))]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -65,7 +65,10 @@ class Reloading:
 
     def user(self) -> str | None:
         """Whom the service takes the token for, over HTTPS; over gRPC it must say the same."""
-        return self.served.review("/authn", TOKEN_REVIEW)["status"].get("user", {}).get("username")
+        user: str | None = (
+            self.served.review("/authn", TOKEN_REVIEW)["status"].get("user", {}).get("username")
+        )
+        return user
 
     def user_over_grpc(self) -> str:
         stub = reviews_pb2_grpc.ReviewServiceStub(self.served.channel())

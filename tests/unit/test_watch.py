@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -74,8 +76,13 @@ def test_an_old_file_is_not_read_again(tmp_path: Path, monkeypatch: pytest.Monke
     file.chmod(0o000)
     file.chmod(0o600)
     reads: list[object] = []
-    real = watch.hashlib.file_digest
-    monkeypatch.setattr(watch.hashlib, "file_digest", lambda *args: reads.append(args) or real(*args))
+    real = hashlib.file_digest
+
+    def counted(*arguments: Any) -> Any:
+        reads.append(arguments)
+        return real(*arguments)
+
+    monkeypatch.setattr(hashlib, "file_digest", counted)
     assert files.look([file]) == before
     assert len(reads) == 1, "its times have changed"
     assert files.look([file]) == before
