@@ -13,7 +13,7 @@ from tests.support.guests import PRELUDE, SLEEPING_VALIDATE, printing
 
 GROUP = "e2e.bulkhead.dev"
 # Custom resources, each for the modules that are asked about it.
-RESOURCES = ("widgets", "failing", "ignoring", "erring", "sleeping")
+RESOURCES = ("widgets", "failing", "ignoring", "erring", "sleeping", "dozing", "napping")
 
 _TRAPPING = f'(module {PRELUDE} (func (export "validate") (unreachable)))'
 
@@ -43,6 +43,8 @@ def _rule(operations: list[str], group: str, *resources: str) -> dict[str, Any]:
     }
 
 
+_SLOW = {"limits": {"timeout": "500ms"}}
+
 # name: (module text, rules, more)
 _ADMISSION: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     # The second fails without what the first has done.
@@ -68,7 +70,9 @@ _ADMISSION: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "fails": (_TRAPPING, _rule(["CREATE"], GROUP, "failing"), {"failurePolicy": "Fail"}),
     "ignored": (_TRAPPING, _rule(["CREATE"], GROUP, "ignoring"), {"failurePolicy": "Ignore"}),
     "errs": (_TRAPPING, _rule(["CREATE"], GROUP, "erring"), {"failurePolicy": "Error"}),
-    "sleeps": (SLEEPING_VALIDATE, _rule(["CREATE"], GROUP, "sleeping"), {"limits": {"timeout": "1s"}}),
+    "sleeps": (SLEEPING_VALIDATE, _rule(["CREATE"], GROUP, "sleeping"), _SLOW),
+    "dozes": (SLEEPING_VALIDATE, _rule(["CREATE"], GROUP, "dozing"), {**_SLOW, "failurePolicy": "Ignore"}),
+    "naps": (SLEEPING_VALIDATE, _rule(["CREATE"], GROUP, "napping"), {**_SLOW, "failurePolicy": "Error"}),
 }
 
 

@@ -59,6 +59,10 @@ def test_objects_are_changed(env: Environment) -> None:
     made = env.core.create_namespaced_config_map("default", config_map("changed", a="b"))
     assert made.data == {"a": "b", "magic-value": "foobar"}
     assert env.core.read_namespaced_config_map("changed", "default").data == made.data
+    replaced = env.core.replace_namespaced_config_map("changed", "default", config_map("changed", c="d"))
+    assert replaced.data == {"c": "d", "magic-value": "foobar"}
+    patched = env.core.patch_namespaced_config_map("changed", "default", {"data": {"magic-value": "mine"}})
+    assert patched.data == {"c": "d", "magic-value": "foobar"}
     env.core.delete_namespaced_config_map("changed", "default")
 
 
@@ -163,6 +167,9 @@ def test_a_failure_with_policy_error_is_left_to_the_cluster(env: Environment) ->
     assert "failed calling webhook" in message
 
 
-def test_a_module_that_is_too_slow_is_ended(env: Environment) -> None:
-    _, message = refusal(env.create_custom, "sleeping", "one")
-    assert "module sleeps failed: timeout" in message
+def test_a_module_that_is_too_slow_has_failed(env: Environment) -> None:
+    status, message = refusal(env.create_custom, "sleeping", "one")
+    assert (status, "module sleeps failed: timeout" in message) == (500, True)
+    assert env.create_custom("dozing", "one")["metadata"]["name"] == "one"
+    status, message = refusal(env.create_custom, "napping", "one")
+    assert (status, "failed calling webhook" in message) == (500, True)
