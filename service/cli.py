@@ -237,6 +237,112 @@ def review(**options: Any) -> None:
 
 
 @main.command()
+@config_options()
+@click.option("--url", metavar="https://HOST:PORT", help="Where kube-apiserver's host reaches Bulkhead.")
+@click.option(
+    "--service",
+    metavar="NAMESPACE/NAME[:PORT]",
+    help="The Service at which it reaches Bulkhead for admission.  [default: --url]",
+)
+@click.option(
+    "--output",
+    metavar="DIR",
+    default="bulkhead-manifests",
+    show_default=True,
+    help="Where to write; - prints what is for kubectl apply, and writes nothing.",
+)
+@click.option("--force", is_flag=True, help="Replace files that this command has not written.")
+@click.option(
+    "--ca",
+    type=_PATH,
+    metavar="FILE",
+    help="Authorities to be trusted.  [default: the last of server.https.certificate, or the generated one]",
+)
+@click.option(
+    "--client-certificate", type=_PATH, metavar="FILE", help="What kube-apiserver shows of itself, in PEM."
+)
+@click.option("--client-key", type=_PATH, metavar="FILE", help="Its key, in PEM.")
+@click.option(
+    "--embed-client-certificate",
+    is_flag=True,
+    help="Put both into the kubeconfigs, rather than beside them, where they can be rotated.",
+)
+@click.option(
+    "--apiserver-dir",
+    metavar="DIR",
+    default="/etc/kubernetes/bulkhead",
+    show_default=True,
+    help="Where the folder apiserver/ will be for kube-apiserver.",
+)
+@click.option(
+    "--name", metavar="NAME", default="bulkhead", show_default=True, help="Of the objects in the cluster."
+)
+@click.option("--combined", is_flag=True, help="One webhook for all modules of a stage, not one for each.")
+@click.option(
+    "--error-policy",
+    type=click.Choice(["Fail", "Ignore"]),
+    default="Fail",
+    show_default=True,
+    help="What a module's failurePolicy Error is in the cluster.",
+)
+@click.option(
+    "--reinvocation-policy",
+    type=click.Choice(["IfNeeded", "Never"]),
+    default="IfNeeded",
+    show_default=True,
+    help="Of mutating webhooks.",
+)
+@click.option(
+    "--namespace", metavar="NAME", help="Where Bulkhead itself runs.  [default: --service's, or bulkhead]"
+)
+@click.option(
+    "--exclude-namespace",
+    "excluded_namespaces",
+    metavar="NAME",
+    multiple=True,
+    help="Leave it out, too; repeatable.",
+)
+@click.option(
+    "--default-exclusions/--no-default-exclusions",
+    default=True,
+    show_default=True,
+    help="Leave out kube-system and Bulkhead's own namespace.",
+)
+@click.option(
+    "--authorizer-order",
+    metavar="LIST",
+    default="Node,RBAC,Bulkhead",
+    show_default=True,
+    help="Whom kube-apiserver asks, one after the other. Modules that deny must come before RBAC.",
+)
+@click.option(
+    "--authorization-failure-policy",
+    type=click.Choice(["Deny", "NoOpinion"]),
+    default="Deny",
+    show_default=True,
+    help="What becomes of a request that Bulkhead gives no answer to.",
+)
+@_state_dir_option
+def manifests(**options: Any) -> None:
+    """Write what a cluster needs to use a configuration.
+
+    In the folder, cluster/ has webhook configurations for kubectl apply, and apiserver/ what
+    kube-apiserver reads on its own host: kubeconfigs, an AuthorizationConfiguration and, with a client
+    certificate, an AdmissionConfiguration. The flags to set are printed, and written to README.txt.
+
+    \b
+      bulkhead manifests --config bulkhead.yaml --url https://127.0.0.1:8443
+      bulkhead manifests --config bulkhead.yaml --service bulkhead/bulkhead --output - | kubectl apply -f -
+
+    kube-system and Bulkhead's own namespace are left out, so that no policy keeps a cluster from being
+    repaired. Notes, on standard error, are of what will not work as it is.
+    """
+    from bulkhead.service.manifests import manifests as manifests_command
+
+    sys.exit(manifests_command(**options))
+
+
+@main.command()
 @click.argument("module", metavar="MODULE")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 @_state_dir_option
