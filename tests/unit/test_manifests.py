@@ -193,7 +193,7 @@ def test_a_service_is_named_with_path_and_port(ca: Path) -> None:
 
 def test_combined_webhooks_have_the_rules_of_all_modules_and_the_strictest_policy(ca: Path) -> None:
     other = {**RULE, "resources": ["configmaps"]}
-    validating = [
+    validating: list[dict[str, Any]] = [
         {"failurePolicy": "Ignore", "limits": {"timeout": "3s"}},
         {"failurePolicy": "Error", "rules": [other, RULE], "limits": {"timeout": "5s"}},
     ]
@@ -613,7 +613,7 @@ def test_warns_of_a_client_that_bulkhead_would_refuse(
     warned: bool,
 ) -> None:
     (tmp_path / "clients.crt").write_bytes(clients.pem)
-    https = {"clientCA": str(tmp_path / "clients.crt"), "allowedNames": allowed}
+    https: dict[str, Any] = {"clientCA": str(tmp_path / "clients.crt"), "allowedNames": allowed}
     made = make(served(authority, tmp_path, **https), ca, **client)
     assert any("allowedNames" in note for note in made.notes) == warned
     assert any(
