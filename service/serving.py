@@ -98,7 +98,10 @@ async def _serve(options: ServeOptions, ready_file: Path | None, *, demo: bool) 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
-    loop.add_signal_handler(signal.SIGHUP, supervisor.ask_reload)
+    terminal = _terminal()
+    loop.add_signal_handler(
+        signal.SIGHUP, lambda: on_signal() if _is_gone(terminal) else supervisor.ask_reload()
+    )
     try:
         serving = await starting
         _announce(serving, ready_file, demo=demo)
@@ -111,6 +114,16 @@ async def _serve(options: ServeOptions, ready_file: Path | None, *, demo: bool) 
     finally:
         await supervisor.close()
         _forget(ready_file)
+
+
+def _terminal() -> int | None:
+    """The descriptor of the terminal that it was started from, if any."""
+    return next((fd for fd in (0, 1, 2) if os.isatty(fd)), None)
+
+
+def _is_gone(terminal: int | None) -> bool:
+    """Whether SIGHUP means what it once meant: that the terminal was closed."""
+    return terminal is not None and not os.isatty(terminal)
 
 
 def _announce(serving: Serving, ready_file: Path | None, *, demo: bool) -> None:

@@ -2,7 +2,8 @@
 
 The supervisor starts it, and tells it over a socket what to serve and when to change that. It ends
 gracefully on SIGTERM, and at once when the supervisor is gone: the socket ends with it, and the
-kernel is asked for SIGKILL as well. Ctrl-C at a terminal reaches it, too, and is left to the supervisor.
+kernel is asked for SIGKILL as well. What a terminal sends to all its processes (Ctrl-C, a hang-up) is left to
+the supervisor.
 """
 
 from __future__ import annotations
@@ -74,7 +75,8 @@ class _FrontEnd:
 def main() -> None:
     settings = WorkerSettings(**json.loads(sys.argv[1]))
     _die_with(settings.supervisor_pid)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     configure_logging(settings.log_level, settings.log_format)
     structlog.contextvars.bind_contextvars(worker=settings.role)
     sys.exit(uvloop.run(_run(settings)))

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
 import signal
 import socket
 import subprocess
+import termios
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.support.guests import SLEEPING_VALIDATE, TRAPPING_AUTHN, TRAPPING_AUTHZ
@@ -253,3 +256,29 @@ def test_starts_from_any_folder_without_a_home(tmp_path: Path) -> None:
     done = subprocess.run(line, capture_output=True, text=True, cwd="/", env={}, timeout=60)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["canServe"] is True
+
+
+def test_ends_when_its_terminal_is_closed(tmp_path: Path) -> None:
+    """SIGHUP reloads, but not then."""
+    terminal, end = os.openpty()
+
+    def own_terminal() -> None:
+        os.setsid()
+        fcntl.ioctl(end, termios.TIOCSCTTY, 0)
+
+    ready = tmp_path / "ready.json"
+    line = command("serve", "--state-dir", str(tmp_path / "state"), "--ready-file", str(ready))
+    line += ["--https-address", "127.0.0.1:0", "--grpc-address", "127.0.0.1:0"]
+    process = subprocess.Popen(line, stdin=end, stdout=end, stderr=end, preexec_fn=own_terminal)
+    os.close(end)
+    try:
+        wait_until(lambda: ready.exists() or process.poll() is not None, "bulkhead serve", 60)
+        process.send_signal(signal.SIGHUP)
+        wait_until(lambda: '"generation": 2' in ready.read_text(), "the reload")
+        children = psutil.Process(process.pid).children(recursive=True)
+        os.close(terminal)
+        process.wait(20)
+        wait_until(lambda: gone(children), "the end of the workers")
+    finally:
+        process.kill()
+        process.wait()
