@@ -9,20 +9,17 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from ruamel.yaml.resolver import BaseResolver
 from ruamel.yaml.tag import Tag
 
 from bulkhead.service import strictjson
 from bulkhead.service.strictjson import MAX_DEPTH
-from bulkhead.service.yamlfile import BadYaml, YamlFile, explain_yaml_error, read_text
+from bulkhead.service.yamlfile import BadYaml, YamlFile, read_text, told_as_bad_yaml
 
 MOST_VALUES = 1_000_000  # a few aliases of aliases can stand for more than fits into memory
 
@@ -41,7 +38,7 @@ _LARGEST_PLAIN_FLOAT = 1e21  # from here on JSON is written with an exponent
 
 def read_object_yaml(text: str) -> list[bytes]:
     """The documents that are not empty, as JSON. Raises BadYaml."""
-    with _told_as_bad_yaml():
+    with told_as_bad_yaml():
         values = [_Reader().value(node) for node in _yaml().compose_all(text)]
         return [strictjson.encode(value) for value in values if value is not None]
 
@@ -50,7 +47,7 @@ def read_object_file(path: Path) -> YamlFile:
     """A file with one document, and where its values stand. Raises BadYaml."""
     text = read_text(path)
     is_json = _is_json(text)
-    with _told_as_bad_yaml():
+    with told_as_bad_yaml():
         # JSON may be indented with tabs.
         root = _yaml().compose(text.replace("\t", " ") if is_json else text)
         value = None if root is None else _Reader().value(root)
@@ -72,21 +69,6 @@ def _yaml() -> YAML:
     yaml = YAML(typ="safe", pure=True)
     yaml.Resolver = _Resolver
     return yaml
-
-
-@contextmanager
-def _told_as_bad_yaml() -> Iterator[None]:
-    try:
-        yield
-    except MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        raise BadYaml(None if mark is None else mark.line + 1, explain_yaml_error(error)) from None
-    except YAMLError as error:
-        raise BadYaml(None, f"not YAML: {' '.join(str(error).split())}") from None
-    except RecursionError:
-        raise BadYaml(None, "nested too deep") from None
-    except UnicodeEncodeError:
-        raise BadYaml(None, "holds half of a surrogate pair, which is no character") from None
 
 
 class _Resolver(BaseResolver):

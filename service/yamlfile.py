@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,15 +56,26 @@ def read_yaml(path: Path) -> YamlFile:
 def parse_yaml(path: Path, text: str) -> YamlFile:
     """Like `read_yaml`, of text that was read before. Raises BadYaml."""
     yaml = YAML(typ="safe", pure=True)
-    try:
+    with told_as_bad_yaml():
         return YamlFile(path, yaml.load(text), yaml.compose(text))
+
+
+@contextmanager
+def told_as_bad_yaml() -> Iterator[None]:
+    """Turns what the library raises into BadYaml."""
+    try:
+        yield
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        raise BadYaml(None if mark is None else mark.line + 1, explain_yaml_error(error)) from None
+        raise BadYaml(None if mark is None else mark.line + 1, _explain(error)) from None
     except YAMLError as error:
         raise BadYaml(None, f"not YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
         raise BadYaml(None, "nested too deep") from None
+    except UnicodeEncodeError:
+        raise BadYaml(None, "holds half of a surrogate pair, which is no character") from None
+    except BadYaml:
+        raise
     except ValueError as error:
         # A value that has the form of a date or a number, and is none.
         raise BadYaml(None, f"not YAML: {error}") from None
@@ -85,7 +97,7 @@ def read_text(path: Path) -> str:
         raise BadYaml(line, "expected UTF-8 text") from None
 
 
-def explain_yaml_error(error: MarkedYAMLError) -> str:
+def _explain(error: MarkedYAMLError) -> str:
     """What the parser found, in one sentence."""
     problem = " ".join(str(error.problem or error.context or "cannot be read").split())
     if "duplicate key" in problem:
