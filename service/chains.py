@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -15,7 +16,8 @@ from bulkhead.service.authentication import Authentication
 from bulkhead.service.authorization import Authorization
 from bulkhead.service.call import ReviewModule
 from bulkhead.service.config import AdmissionModuleConfig, Config, ConfigError, ModuleConfig, Problem
-from bulkhead.service.modulesource import FileSource, StoredSource
+from bulkhead.service.fetching import NotFetched, obtain_https, obtain_oci
+from bulkhead.service.modulesource import FileSource, HttpsSource, OciSource, StoredSource
 from bulkhead.service.yamlfile import Location
 
 _ENTRY_POINTS = {
@@ -24,6 +26,8 @@ _ENTRY_POINTS = {
     "admission": admission.ENTRY_POINT,
 }
 SECTIONS = tuple(_ENTRY_POINTS)
+_MOST_FETCHES = 4  # at once
+_PROGRESS_SECONDS = 2.0
 
 _log = structlog.get_logger()
 
@@ -87,10 +91,12 @@ async def find_chains(
     """
     problems: list[Problem] = []
     ready: dict[str, list[ReviewModule]] = {section: [] for section in SECTIONS}
+    fetched = await _fetch_all(config, sandbox)
+    progress = _Progress(sum(len(modules) for _, modules in config.sections()))
     for section, modules in config.sections():
         for index, module in enumerate(modules):
             try:
-                found = await _find(config, sandbox, section, module)
+                found = await _find(config, sandbox, section, module, fetched.get((section, module.name)))
             except _NotUsable as error:
                 location = (section, "modules", index, *error.key)
                 problem = config.problem(location, f"module {module.name}: {error}")
@@ -100,6 +106,7 @@ async def find_chains(
                 _log.error("module_not_usable", section=section, module=module.name, problem=str(problem))
                 found = _module(config, section, module, Pin("", str(error)))
             ready[section].append(found)
+            progress.step()
     if problems:
         raise ConfigError(problems)
     for each in config.admission.modules:
@@ -108,6 +115,21 @@ async def find_chains(
                 "module_is_never_asked", section="admission", module=each.name, why="it has no rules"
             )
     return _chains(config, ready)
+
+
+class _Progress:
+    """Says from time to time how far it is: the first start with hundreds of modules compiles them all."""
+
+    def __init__(self, total: int) -> None:
+        self._total = total
+        self._done = 0
+        self._said_at = time.monotonic()
+
+    def step(self) -> None:
+        self._done += 1
+        if time.monotonic() - self._said_at > _PROGRESS_SECONDS:
+            _log.info("preparing_modules", done=self._done, total=self._total)
+            self._said_at = time.monotonic()
 
 
 async def open_chains(config: Config, sandbox: Sandbox, pins: Mapping[Key, Pin]) -> Chains:
@@ -125,25 +147,58 @@ async def open_chains(config: Config, sandbox: Sandbox, pins: Mapping[Key, Pin])
     return _chains(config, ready)
 
 
-async def _find(config: Config, sandbox: Sandbox, section: str, module: ModuleConfig) -> ReviewModule:
+async def _find(
+    config: Config, sandbox: Sandbox, section: str, module: ModuleConfig, fetched: str | Exception | None
+) -> ReviewModule:
     """Raises _NotUsable, SandboxError."""
     try:
         config.limits_of(module).within(sandbox.options.maximum_limits)
     except InvalidRequest as error:
         raise _NotUsable(("limits",), str(error)) from None
     try:
-        found = _module(config, section, module, Pin(await _obtain(sandbox, module)))
+        if isinstance(fetched, Exception):
+            raise fetched
+        found = _module(config, section, module, Pin(fetched or await _read(sandbox, module)))
         await _prepare(sandbox, found)
         await sandbox.probe(found.digest, found.entry_point, limits=found.limits)
-    except (InvalidModule, StoreFull, UnknownModule) as error:
+    except (InvalidModule, StoreFull, UnknownModule, NotFetched) as error:
         raise _NotUsable(("module",), str(error)) from None
     return found
 
 
-async def _obtain(sandbox: Sandbox, module: ModuleConfig) -> str:
-    """Puts the module into the store; returns its digest. Raises _NotUsable, InvalidModule, StoreFull."""
+async def _fetch_all(config: Config, sandbox: Sandbox) -> dict[Key, str | Exception]:
+    """Gets the modules that come over the network, a few at a time: their digests, or what went wrong."""
+    turns = asyncio.Semaphore(_MOST_FETCHES)
+
+    async def fetch(source: HttpsSource | OciSource, digest: str | None) -> str:
+        async with turns:
+            if isinstance(source, OciSource):
+                return await obtain_oci(sandbox, source, digest)
+            assert digest is not None  # the configuration has been checked
+            return await obtain_https(sandbox, source, digest)
+
+    wanted = {
+        (section, module.name): (module.source, module.digest)
+        for section, modules in config.sections()
+        for module in modules
+        if isinstance(module.source, HttpsSource | OciSource)
+    }
+    once = dict.fromkeys(wanted.values())  # however often it is named
+    fetching = {each: fetch(*each) for each in once}
+    results = await asyncio.gather(*fetching.values(), return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException) and not isinstance(result, Exception):
+            raise result
+    found = dict(zip(fetching, results, strict=True))
+    return {key: found[each] for key, each in wanted.items()}  # type: ignore[misc]  # no others are left
+
+
+async def _read(sandbox: Sandbox, module: ModuleConfig) -> str:
+    """Finds a module of this machine; returns its digest. Raises _NotUsable, InvalidModule, StoreFull."""
     source = module.source
     if isinstance(source, StoredSource):
+        if module.digest not in (None, source.digest):
+            raise _NotUsable(("digest",), f"expected {source.digest}, got {module.digest}")
         return source.digest
     assert isinstance(source, FileSource)
     try:

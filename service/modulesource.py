@@ -14,7 +14,7 @@ DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _NOT_IN_NAMES = re.compile(r"[^a-z0-9]+")
 _OCI = re.compile(
     r"oci://(?P<registry>[A-Za-z0-9][-A-Za-z0-9.]*(?::[0-9]{1,5})?|\[[0-9a-f:]+\](?::[0-9]{1,5})?)"
-    r"/(?P<repository>[a-z0-9]+(?:[._/-]+[a-z0-9]+)*)"
+    r"/(?P<repository>[a-z0-9]+(?:(?:[./]|__?|-+)[a-z0-9]+)*)"
     r"(?::(?P<tag>[A-Za-z0-9_][-A-Za-z0-9_.]{0,127}))?"
     r"(?:@(?P<digest>sha256:[0-9a-f]{64}))?"
 )
@@ -60,7 +60,12 @@ class HttpsSource:
         return PurePosixPath(urlsplit(self.url).path).name
 
     def __str__(self) -> str:
-        return self.url
+        return self.shown
+
+    @property
+    def shown(self) -> str:
+        """Without the query, which may hold what is secret."""
+        return urlsplit(self.url)._replace(query="", fragment="").geturl()
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +83,10 @@ class OciSource:
         return self.repository.rpartition("/")[2]
 
     def __str__(self) -> str:
+        return self.shown
+
+    @property
+    def shown(self) -> str:
         tag = f":{self.tag}" if self.tag else ""
         return f"oci://{self.registry}/{self.repository}{tag}@{self.manifest_digest}"
 
@@ -119,22 +128,26 @@ def _digest(text: str) -> str:
     return text
 
 
-def _https(text: str) -> HttpsSource:
-    parts = urlsplit(text)
+def _names_a_host(url: str) -> bool:
+    """With a port that there is, if any."""
     try:
-        good = bool(parts.hostname) and parts.port != 0
+        parts = urlsplit(url)
+        return bool(parts.hostname) and parts.port != 0
     except ValueError:
-        good = False
-    if not good or not text.isprintable() or " " in text:
+        return False
+
+
+def _https(text: str) -> HttpsSource:
+    if not _names_a_host(text) or not text.isprintable() or " " in text:
         raise ValueError(f"expected https://HOST/PATH, got {cut(text, 120)!r}")
-    if parts.username is not None or parts.password is not None:
+    if "@" in urlsplit(text).netloc:
         raise ValueError("expected a URL without user name and password")
     return HttpsSource(text)
 
 
 def _oci(text: str) -> OciSource:
     found = _OCI.fullmatch(text)
-    if found is None:
+    if found is None or not _names_a_host(text):
         raise ValueError(
             f"expected oci://REGISTRY/REPOSITORY@sha256:… with 64 hexadecimal digits, got {cut(text, 120)!r}"
         )

@@ -8,6 +8,7 @@ worker is replaced. When it dies, the workers do.
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import socket
 import time
@@ -20,6 +21,7 @@ from typing import NamedTuple
 import structlog
 
 from bulkhead.sandbox import Runtime, SandboxError
+from bulkhead.service.chains import Key
 from bulkhead.service.config import Address, Config, ConfigError
 from bulkhead.service.generation import (
     Generation,
@@ -42,8 +44,8 @@ _STABLE_SECONDS = 30.0
 # Beyond the configured grace time, for a worker to kill its runs and leave.
 _STOP_SLACK_SECONDS = 3.0
 _LOOK_SECONDS = 1.0
-# Where a server may be back by then that a module comes from.
-_RETRY_SECONDS = 60.0
+# Where it is not the files that are to blame: after the first pause, twice as long each time.
+_FIRST_RETRY_SECONDS, _LONGEST_RETRY_SECONDS = 1.0, 60.0
 
 
 class ServedModule(NamedTuple):
@@ -92,7 +94,10 @@ class Supervisor:
         self._watched = frozenset(options.files.paths)
         self._tried: dict[Path, str] = {}
         """The content of the watched files when a generation was last made, or tried to be."""
-        self._tried_at = 0.0
+        self._fetches = False
+        """Whether the configuration that was read last names modules of other machines."""
+        self._retry_at = math.inf
+        self._retry_pause_seconds = _FIRST_RETRY_SECONDS
         self._reload_asked = asyncio.Event()
 
     async def start(self) -> Serving:
@@ -120,6 +125,7 @@ class Supervisor:
             runtime=runtime,
             generation=generation,
         )
+        self._plan_retry(wanted=bool(generation.broken) and self._fetches)
         return self._serving
 
     def _settings(self, role: Role, host: str, port: int) -> WorkerSettings:
@@ -212,7 +218,7 @@ class Supervisor:
         self._reload_asked.set()
 
     async def _keep_up_to_date(self, announce: Callable[[Serving], None]) -> None:
-        """Reloads when it is asked to, and when the content of a file has changed."""
+        """Reloads when it is asked to, when the content of a file has changed, and when a retry is due."""
         seen: dict[Path, str] = {}
         while True:
             with suppress(TimeoutError):
@@ -220,38 +226,57 @@ class Supervisor:
             before, seen = seen, await self._look()
             # A file that is just being written is left alone until it stays the same for a while.
             changed = seen != self._tried and seen == before
-            if self._reload_asked.is_set() or changed or self._may_try_again():
+            if self._reload_asked.is_set() or changed:
                 self._reload_asked.clear()
-                try:
-                    await self._reload(announce)
-                except Exception:
-                    _log.exception("reload_failed", generation=self._generation.number)
+                self._retry_pause_seconds = _FIRST_RETRY_SECONDS
+                await self._reload(announce)
+            elif time.monotonic() >= self._retry_at:
+                await self._reload(announce, again=True)
 
-    def _may_try_again(self) -> bool:
-        """Whether a module is missing that may be had by now."""
-        waited = time.monotonic() - self._tried_at > _RETRY_SECONDS
-        return waited and bool(self._generation.broken) and uses_network(self._generation.config)
+    def _plan_retry(self, *, wanted: bool) -> None:
+        """Whether the same files may do better later: a server is back, a worker does not die this time."""
+        if not wanted:
+            self._retry_at = math.inf
+            return
+        self._retry_at = time.monotonic() + self._retry_pause_seconds
+        self._retry_pause_seconds = min(2 * self._retry_pause_seconds, _LONGEST_RETRY_SECONDS)
 
-    async def _reload(self, announce: Callable[[Serving], None]) -> None:
-        """Goes to a new generation if all of it is good, else stays with the one there is."""
+    async def _reload(self, announce: Callable[[Serving], None], *, again: bool = False) -> None:
+        """Goes to a new generation if all of it is good, else stays with the one there is.
+
+        `again`: the same files as before, for which there was no luck.
+        """
         current = self._generation
         try:
-            config = await self._load()
-            new, _ = await self._generations.make(
-                config,
-                current.number + 1,
-                # What has been broken from the start need not be repaired first.
-                tolerate=lambda key: self._options.allow_broken_modules and key in current.broken,
-            )
+            new = await self._next_generation(current)
+            if again and replace(new, number=current.number) == current:
+                self._plan_retry(wanted=True)
+                return
             await self._switch(new)
         except (ConfigError, SandboxError, WorkerFailed) as error:
             _log.error("reload_refused", generation=current.number, problems=str(error).splitlines())
+            self._plan_retry(wanted=not isinstance(error, ConfigError) or self._fetches)
             await self._renew_certificates(announce)
             return
+        except Exception:
+            _log.exception("reload_failed", generation=current.number)
+            return
+        self._plan_retry(wanted=bool(new.broken) and self._fetches)
         _log.info("reloaded", generation=new.number, modules=len(new.pins))
         if fixed := needs_restart(current.config, new.config):
             _log.warning("restart_needed", keys=fixed, why="what they say now holds from the next start")
         self._tell(announce)
+
+    async def _next_generation(self, current: Generation) -> Generation:
+        """Raises ConfigError, SandboxError."""
+
+        def tolerate(key: Key) -> bool:
+            # What has been broken from the start need not be repaired first.
+            return self._options.allow_broken_modules and key in current.broken
+
+        config = await self._load()
+        new, _ = await self._generations.make(config, current.number + 1, tolerate=tolerate)
+        return new
 
     async def _renew_certificates(self, announce: Callable[[Serving], None]) -> None:
         """Certificates run out: they do not wait until the rest is repaired."""
@@ -263,13 +288,14 @@ class Supervisor:
             await self._switch(new)
         except (ConfigError, SandboxError, WorkerFailed) as error:
             _log.error("certificates_refused", generation=current.number, problems=str(error).splitlines())
+            if not isinstance(error, ConfigError):
+                self._plan_retry(wanted=True)
             return
         _log.info("certificates_reloaded", generation=new.number)
         self._tell(announce)
 
     async def _load(self) -> Config:
         """Reads the configuration, and remembers what all that it names contains. Raises ConfigError."""
-        self._tried_at = time.monotonic()
         # Looked at before it is read: what changes in between will look changed.
         self._tried = await self._look()
         config = self._options.files.load(insecure=self._options.insecure)
@@ -279,6 +305,7 @@ class Supervisor:
         if self._serving is not None:
             watched |= files_of(self._generation.config)
         self._watched = frozenset(watched)
+        self._fetches = uses_network(config)
         before = self._tried
         self._tried = {path: before.get(path, now) for path, now in (await self._look()).items()}
         return config

@@ -5,16 +5,19 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import random
 import signal
 import ssl
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from bulkhead.v1 import reviews_pb2, reviews_pb2_grpc
@@ -272,6 +275,29 @@ def test_a_worker_that_dies_is_replaced_by_one_that_serves_the_same(service: Rel
         service.served.worker(role).kill()
     service.wait_for_log("worker_restarted", times=2)
     assert service.user() == service.user_over_grpc() == "second"
+
+
+@pytest.mark.slow
+def test_whatever_dies_while_it_reloads_both_front_ends_end_up_with_the_same(service: Reloading) -> None:
+    chance = random.Random(7)
+    for number in range(15):
+        service.put("who.wasm", printing("authn", knows(f"user-{number}")))
+        for _ in range(chance.randint(1, 3)):
+            service.hang_up()
+            time.sleep(chance.random() * 0.25)
+            if chance.random() < 0.5:
+                with suppress(AssertionError):  # it is dead already
+                    service.served.worker(chance.choice(["https", "grpc"])).kill()
+
+        def both_know(user: str = f"user-{number}") -> bool:
+            try:
+                return service.user() == service.user_over_grpc() == user
+            except (OSError, grpc.RpcError):
+                return False
+
+        wait_until(both_know, f"user-{number}", 60)
+    assert "Traceback" not in service.served.log()
+    wait_until(lambda: len(service.served.tree()) == 5, "a supervisor, two workers, their spawners")
 
 
 def test_says_which_changes_need_a_restart(service: Reloading) -> None:

@@ -18,7 +18,14 @@ from bulkhead.service.config import (
     FailurePolicy,
     load_config,
 )
-from bulkhead.service.modulesource import FileSource, default_name, parse_source
+from bulkhead.service.modulesource import (
+    FileSource,
+    HttpsSource,
+    OciSource,
+    StoredSource,
+    default_name,
+    parse_source,
+)
 
 Load = Callable[[str], Config]
 
@@ -480,9 +487,12 @@ def test_a_configuration_cannot_be_changed(load: Load) -> None:
 
 def test_the_documented_configuration_can_be_loaded(load: Load, tmp_path: Path) -> None:
     page = Path(__file__).parents[2] / "docs" / "configuration.md"
-    (text,) = re.findall(r"```yaml\n(.*?)```", page.read_text(), re.DOTALL)
-    (tmp_path / "tls").mkdir()
-    for name in re.findall(r": (\S+\.(?:wasm|crt|key))", text):
+    every_key, sources = re.findall(r"```yaml\n(.*?)```", page.read_text(), re.DOTALL)
+    for name in re.findall(r": ([^\s:]+\.(?:wasm|crt|key))", every_key + sources):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
-    config = load(text)
+    config = load(every_key)
     assert [len(modules) for _, modules in config.sections()] == [1, 1, 1]
+    modules = load(sources).authorization.modules
+    assert [type(module.source) for module in modules] == [FileSource, StoredSource, HttpsSource, OciSource]
+    assert [module.name for module in modules] == ["who", "stored", "who-else", "quota"]
