@@ -528,7 +528,8 @@ async def test_a_module_that_does_not_end_is_a_timeout_before_the_deadline(make:
 
 
 async def test_an_overloaded_sandbox_is_a_failure_of_the_module(make: Make) -> None:
-    configuration = "limits: {maxConcurrentRuns: 1, maxQueuedRuns: 0, cpu: 1s}\n" + admission("a")
+    limits = "limits: {maxConcurrentRuns: 1, maxQueuedRuns: 0, cpu: 1s, timeout: 60s}\n"
+    configuration = limits + admission("a")
     reviewer = await make(configuration, {"a": SPINNING.format(entry="validate")})
     messages = sorted(
         each["status"]["message"] for each in await asyncio.gather(*(validate(reviewer) for _ in range(3)))
