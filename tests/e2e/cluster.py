@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import json
 import signal
 import socket
 import ssl
@@ -12,15 +13,24 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric import rsa
 from kubernetes import client
 
 from tests.support.certificates import Authority, pem_of
+from tests.support.processes import mortal
 
 START_SECONDS = 90.0
-ADMIN_TOKEN = "admin-token"
-STATIC_TOKENS = f'{ADMIN_TOKEN},admin,admin-uid,"system:masters"\n'
+# Of somebody who may do anything without being asked about, and of one whom nobody has allowed anything.
+ADMIN_TOKEN, OPERATOR_TOKEN = "admin-token", "operator-token"
+STATIC_TOKENS = f'{ADMIN_TOKEN},admin,admin-uid,"system:masters"\n{OPERATOR_TOKEN},operator,operator-uid\n'
+_AUDIT_POLICY = {
+    "apiVersion": "audit.k8s.io/v1",
+    "kind": "Policy",
+    "omitStages": ["RequestReceived"],
+    "rules": [{"level": "Metadata", "verbs": ["create", "update", "patch", "delete"]}, {"level": "None"}],
+}
 
 
 def free_port() -> int:
@@ -34,7 +44,7 @@ def running(command: Sequence[str], log_path: Path) -> Iterator[subprocess.Popen
     """A server, ended afterwards."""
     with log_path.open("wb") as log:
         process = subprocess.Popen(
-            list(command), stdout=log, stderr=log, stdin=subprocess.DEVNULL, cwd=log_path.parent
+            mortal(command), stdout=log, stderr=log, stdin=subprocess.DEVNULL, cwd=log_path.parent
         )
     try:
         yield process
@@ -84,6 +94,14 @@ class Cluster:
         configuration.connection_pool_maxsize = 16
         return self._clients.setdefault(token, client.ApiClient(configuration))
 
+    def audited(self, name: str) -> list[dict[str, Any]]:
+        """The annotations of the audit events about objects of this name, in their order."""
+        log = (self.log_path.parent / "audit.log").read_text()
+        events = [json.loads(line) for line in log.splitlines(keepends=True) if line.endswith("\n")]
+        return [
+            event.get("annotations", {}) for event in events if event.get("objectRef", {}).get("name") == name
+        ]
+
     def close(self) -> None:
         for each in self._clients.values():
             each.rest_client.pool_manager.clear()
@@ -101,6 +119,7 @@ def kube_apiserver(
     (folder / "ca.crt").write_bytes(authority.pem)
     (folder / "sa.key").write_bytes(pem_of(rsa.generate_private_key(65537, 2048)))
     (folder / "tokens.csv").write_text(STATIC_TOKENS)
+    (folder / "audit.yaml").write_text(json.dumps(_AUDIT_POLICY))
     port = free_port()
     command = [str(programs / "kube-apiserver"), f"--etcd-servers={etcd_url}"]
     command += [f"--etcd-prefix=/{folder.name}", "--bind-address=127.0.0.1", f"--secure-port={port}"]
@@ -109,6 +128,7 @@ def kube_apiserver(
     command += [f"--service-account-signing-key-file={folder / 'sa.key'}"]
     command += [f"--service-account-key-file={folder / 'sa.key'}", "--service-cluster-ip-range=10.0.0.0/24"]
     command += [f"--token-auth-file={folder / 'tokens.csv'}", "--disable-admission-plugins=ServiceAccount"]
+    command += [f"--audit-policy-file={folder / 'audit.yaml'}", f"--audit-log-path={folder / 'audit.log'}"]
     command += [f"--authorization-mode={authorization}"] if authorization else []
     command += flags
     log_path = folder / "kube-apiserver.log"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import http.client
 import json
+import ssl
 import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,13 @@ from kubernetes import client
 from ruamel.yaml import YAML
 
 from tests.e2e.cluster import Cluster, free_port, kube_apiserver
-from tests.e2e.guests import GROUP, RESOURCES, write_configuration
-from tests.support.certificates import Authority
-from tests.support.served import Served, command, serve, wait_until
+from tests.e2e.guests import GROUP, RESOURCES, modules
+from tests.e2e.volume import Volume
+from tests.support.certificates import Authority, Pair
+from tests.support.served import Served, command, recorded, serve, wait_until
 
 Wat = Callable[[str], bytes]
+_JSON = {"Content-Type": "application/json"}
 
 
 @dataclass(slots=True)
@@ -26,9 +30,11 @@ class Webhooks:
     """A Bulkhead to be started, stopped and started again at one address, and its manifests."""
 
     folder: Path
-    config: Path
     port: int
     server_ca: Authority
+    client_ca: Authority
+    _config: Volume
+    _tls: Volume
     manifests: Path = field(init=False)
 
     @classmethod
@@ -36,20 +42,63 @@ class Webhooks:
         """Certificates for both directions, the configuration, and the manifests for it."""
         folder.mkdir(parents=True)
         server_ca, client_ca = Authority("bulkhead"), Authority("kubernetes clients")
-        server_ca.server().write(folder)
         client_ca.client("kube-apiserver").write(folder, "client")
         (folder / "server-ca.crt").write_bytes(server_ca.pem)
-        (folder / "client-ca.crt").write_bytes(client_ca.pem)
-        tls = {"certificate": "tls.crt", "key": "tls.key", "clientCA": "client-ca.crt"}
-        https = {**tls, "allowedNames": ["kube-apiserver"]}
-        config = write_configuration(folder, wat, {"https": https, "gracePeriod": "10s"})
-        webhooks = cls(folder, config, free_port(), server_ca)
+        config, tls = Volume(folder / "config"), Volume(folder / "tls")
+        webhooks = cls(folder, free_port(), server_ca, client_ca, config, tls)
+        webhooks.renew_certificate()
+        https = {
+            "certificate": "../tls/tls.crt",
+            "key": "../tls/tls.key",
+            "clientCA": "../tls/ca.crt",
+            "allowedNames": ["kube-apiserver"],
+        }
+        webhooks.configure(
+            {"server": {"https": https, "gracePeriod": "10s"}, **modules(folder / "modules", wat)}
+        )
         webhooks.manifests = webhooks.write_manifests()
         return webhooks
 
     @property
+    def config(self) -> Path:
+        return self._config.path / "bulkhead.yaml"
+
+    def configuration(self) -> Any:
+        """What lies there now, to be changed and given to `configure`."""
+        return json.loads(self.config.read_bytes())
+
+    def configure(self, configuration: Any) -> None:
+        """Puts another configuration into its place, as an update of a mounted ConfigMap does."""
+        text = json.dumps(configuration, indent=1)  # which is YAML, too
+        self._config.update({"bulkhead.yaml": text.encode()})
+
+    def renew_certificate(self) -> None:
+        """Puts a new server certificate and key into place, as an update of a mounted Secret does."""
+        server = self.server_ca.server()
+        self._tls.update({"tls.crt": server.certificate, "tls.key": server.key, "ca.crt": self.client_ca.pem})
+
+    def replace_module(self, name: str, data: bytes) -> None:
+        """Another module under the name of one of `modules`."""
+        path = self.folder / "modules" / f"{name}.wasm"
+        new = path.with_name(f".{path.name}.new")
+        new.write_bytes(data)
+        new.rename(path)
+
+    @property
     def url(self) -> str:
         return f"https://127.0.0.1:{self.port}"
+
+    def ask_as(self, client: Pair | None) -> int:
+        """Asks directly, as the owner of a certificate or as nobody; returns the HTTP status."""
+        context = ssl.create_default_context(cafile=str(self.folder / "server-ca.crt"))
+        if client is not None:
+            context.load_cert_chain(*client.write(self.folder, "asking"))
+        connection = http.client.HTTPSConnection("127.0.0.1", self.port, context=context, timeout=30)
+        with closing(connection):
+            connection.request(
+                "POST", "/authn", json.dumps(recorded("tokenreview-v1-wrong-token")["body"]), _JSON
+            )
+            return connection.getresponse().status
 
     def write_manifests(self, name: str = "manifests", *options: str) -> Path:
         output = self.folder / name
@@ -99,12 +148,22 @@ class Environment:
         return client.CustomObjectsApi(self.api())
 
     def create_custom(self, resource: str, name: str) -> Any:
+        return self.create_custom_with_headers(resource, name)[0]
+
+    def create_custom_with_headers(self, resource: str, name: str) -> tuple[Any, Mapping[str, str]]:
+        """The object, and the headers that came with it."""
         body = {
             "apiVersion": f"{GROUP}/v1",
             "kind": resource.title(),
             "metadata": {"name": name, "labels": {"made-by": "e2e"}},
         }
-        return self.custom.create_namespaced_custom_object(GROUP, "v1", "default", resource, body)
+        made, _, headers = self.custom.create_namespaced_custom_object_with_http_info(
+            GROUP, "v1", "default", resource, body
+        )
+        return made, headers
+
+    def patch_custom(self, resource: str, name: str, patch: Any) -> Any:
+        return self.custom.patch_namespaced_custom_object(GROUP, "v1", "default", resource, name, patch)
 
     def reviews(self, **wanted: Any) -> list[dict[str, Any]]:
         """What Bulkhead has logged of its decisions."""

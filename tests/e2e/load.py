@@ -24,7 +24,12 @@ class Load:
     def wait_for_more(self, count: int = 40) -> None:
         """Waits until so many more requests have been answered."""
         before = len(self.answers)
-        wait_until(lambda: len(self.answers) >= before + count, f"{count} more answers", 60)
+        try:
+            wait_until(lambda: len(self.answers) >= before + count, f"{count} more answers", 60)
+        except AssertionError as error:
+            if not self.failures:
+                raise
+            raise error from self.failures[-1]
 
 
 @contextmanager

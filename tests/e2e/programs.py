@@ -14,15 +14,18 @@ _KUBERNETES = "k8s.io/kubernetes"
 _PACKAGES = (f"{_KUBERNETES}/cmd/kube-apiserver", "./etcd", "./replycheck")
 
 
-class NotBuilt(Exception):
+class CannotBuild(Exception):
     """There is no Go, or it cannot get the modules. Says what is missing."""
 
 
 def programs() -> Path:
-    """The folder with `kube-apiserver`, `etcd` and `replycheck`. Raises NotBuilt."""
+    """The folder with `kube-apiserver`, `etcd` and `replycheck`.
+
+    Raises CannotBuild, and CalledProcessError where a program does not compile.
+    """
     go = shutil.which("go") or shutil.which("go", path="/usr/local/go/bin")
     if go is None:
-        raise NotBuilt("needs Go, to build kube-apiserver and etcd: install Go 1.26 or later")
+        raise CannotBuild("needs Go, to build kube-apiserver and etcd: install Go 1.26 or later")
     folder = _cache() / _digest()
     if not (folder / "done").exists():
         _build(go, folder)
@@ -50,16 +53,19 @@ def _build(go: str, folder: Path) -> None:
     flags = (
         f"-s -w -X {package}.gitVersion={version} -X {package}.gitMajor={major} -X {package}.gitMinor={minor}"
     )
-    environment = {**os.environ, "CGO_ENABLED": "0", "GOFLAGS": "-mod=readonly", "GOTOOLCHAIN": "local"}
+    # Of the checkout nothing but these sources is meant: no workspace above it, no version control.
+    settings = {"GOFLAGS": "-mod=readonly -buildvcs=false", "GOWORK": "off", "GOTOOLCHAIN": "local"}
+    environment = {**os.environ, **settings, "CGO_ENABLED": "0"}
     _say(f"building kube-apiserver {version} and etcd: some ten minutes the first time, then never again")
-    try:
-        subprocess.run([go, "mod", "download"], cwd=SOURCES, env=environment, check=True)
-        for each in _PACKAGES:
-            _say(f"building {each}")
-            command = [go, "build", "-ldflags", flags, "-o", f"{folder}/", each]
-            subprocess.run(command, cwd=SOURCES, env=environment, check=True)
-    except subprocess.CalledProcessError as error:
-        raise NotBuilt(f"`{' '.join(error.cmd[:3])}` failed; see above") from None
+    if subprocess.run([go, "mod", "download"], cwd=SOURCES, env=environment).returncode != 0:
+        raise CannotBuild(
+            "`go mod download` failed: to build kube-apiserver and etcd it needs Go 1.26 or later and,"
+            " the first time, a Go module proxy (GOPROXY)"
+        )
+    for each in _PACKAGES:
+        _say(f"building {each}")
+        command = [go, "build", "-ldflags", flags, "-o", f"{folder}/", each]
+        subprocess.run(command, cwd=SOURCES, env=environment, check=True)
     (folder / "done").touch()
 
 
@@ -78,5 +84,7 @@ def _say(text: str) -> None:
 if __name__ == "__main__":
     try:
         print(programs())
-    except NotBuilt as error:
+    except CannotBuild as error:
         sys.exit(f"e2e: {error}")
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"e2e: `go build {error.cmd[-1]}` failed; see above")

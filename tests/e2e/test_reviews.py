@@ -9,6 +9,8 @@ import pytest
 from kubernetes import client
 
 from tests.e2e.environment import Environment
+from tests.e2e.guests import GROUP
+from tests.support.served import wait_until
 
 pytestmark = pytest.mark.e2e
 
@@ -145,6 +147,37 @@ def test_deleting_is_refused(env: Environment) -> None:
     status, message = refusal(env.core.delete_namespaced_secret, "kept", "default")
     assert (status, "secrets stay" in message) == (403, True)
     assert env.core.read_namespaced_secret("kept", "default").metadata.name == "kept"
+
+
+def test_deleting_all_at_once_is_refused(env: Environment) -> None:
+    env.core.create_namespaced_secret("default", {"metadata": {"name": "one-of-all"}})
+    status, message = refusal(env.core.delete_collection_namespaced_secret, "default")
+    assert (status, "secrets stay" in message) == (403, True)
+    assert env.core.read_namespaced_secret("one-of-all", "default").metadata.name == "one-of-all"
+
+
+def test_custom_resources_are_refused_only_where_a_rule_says_so(env: Environment) -> None:
+    assert env.create_custom("frozen", "one")["metadata"]["name"] == "one"
+    status, message = refusal(env.patch_custom, "frozen", "one", {"spec": {"a": 1}})
+    assert (status, "stays as it is" in message) == (403, True)
+    assert "spec" not in env.custom.get_namespaced_custom_object(GROUP, "v1", "default", "frozen", "one")
+    env.custom.delete_namespaced_custom_object(GROUP, "v1", "default", "frozen", "one")
+
+
+def test_warnings_reach_the_client_and_annotations_the_audit_log(env: Environment) -> None:
+    _, headers = env.create_custom_with_headers("talking", "one")
+    assert "talks: mind the gap" in headers["Warning"]
+    wait_until(lambda: env.cluster.audited("one"), "the audit event")
+    annotations = [
+        each for each in env.cluster.audited("one") if "talks.validate.bulkhead/talks_seen" in each
+    ]
+    assert [each["talks.validate.bulkhead/talks_seen"] for each in annotations] == ["yes"]
+
+
+def test_nobody_but_the_api_server_is_answered(env: Environment) -> None:
+    assert env.webhooks.ask_as(env.webhooks.client_ca.client("kube-apiserver")) == 200
+    assert env.webhooks.ask_as(env.webhooks.client_ca.client("somebody")) == 403
+    assert env.webhooks.ask_as(None) == 401
 
 
 # What a failure becomes

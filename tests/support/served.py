@@ -19,6 +19,8 @@ from typing import Any
 import grpc
 import psutil
 
+from tests.support.processes import mortal
+
 START_SECONDS = 60.0
 REVIEWS = Path(__file__).resolve().parent.parent / "data" / "reviews"
 
@@ -165,7 +167,7 @@ def serve(folder: Path, *arguments: str, state_dir: Path | None = None) -> Itera
     line += ["--https-address", "127.0.0.1:0", "--grpc-address", "127.0.0.1:0", *arguments]
     with log_path.open("wb") as log:
         process = subprocess.Popen(
-            line, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=dict(os.environ)
+            mortal(line), stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=dict(os.environ)
         )
     served = None
     try:

@@ -1,16 +1,20 @@
 // Reads replies of a webhook as kube-apiserver does, with its own types and checks.
 //
 // Standard input: one JSON object per line, {"name", "path", "request", "reply"}: what was sent, and what
-// came back. Standard output: one line for each reply that is no good, {"name", "problem"}.
+// came back. Standard output: one line for each reply that is no good, {"name", "problem"}. A reply is good
+// if it is strictly of its type, and if kube-apiserver would do with it what it says.
 package main
 
 import (
 	"bufio"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"net/http"
 	"os"
 	"strings"
 
+	jsonpatch "gopkg.in/evanphx/json-patch.v4"
 	admissionv1 "k8s.io/api/admission/v1"
 	admissionv1beta1 "k8s.io/api/admission/v1beta1"
 	authenticationv1 "k8s.io/api/authentication/v1"
@@ -34,7 +38,8 @@ type head struct {
 	APIVersion string `json:"apiVersion"`
 	Kind       string `json:"kind"`
 	Request    struct {
-		UID types.UID `json:"uid"`
+		UID    types.UID       `json:"uid"`
+		Object json.RawMessage `json:"object"`
 	} `json:"request"`
 }
 
@@ -70,10 +75,53 @@ func check(exchange exchange) error {
 	if got.APIVersion != sent.APIVersion || got.Kind != sent.Kind {
 		return fmt.Errorf("is a %s %s", got.APIVersion, got.Kind)
 	}
-	if sent.Kind == "AdmissionReview" {
-		_, err = webhook.VerifyAdmissionResponse(sent.Request.UID, strings.HasPrefix(exchange.Path, "/mutate"), reply)
+	switch reply := reply.(type) {
+	case *authorizationv1.SubjectAccessReview:
+		return checkAccess(reply.Status.Allowed, reply.Status.Denied)
+	case *authorizationv1beta1.SubjectAccessReview:
+		return checkAccess(reply.Status.Allowed, reply.Status.Denied)
+	case *admissionv1.AdmissionReview, *admissionv1beta1.AdmissionReview:
+		mutating := strings.HasPrefix(exchange.Path, "/mutate")
+		verified, err := webhook.VerifyAdmissionResponse(sent.Request.UID, mutating, reply)
+		if err != nil {
+			return err
+		}
+		return checkAdmission(sent, verified)
 	}
-	return err
+	return nil
+}
+
+func checkAccess(allowed, denied bool) error {
+	if allowed && denied {
+		return errors.New("both allowed and denied, which kube-apiserver takes for an error")
+	}
+	return nil
+}
+
+func checkAdmission(sent head, reply *webhook.AdmissionResponse) error {
+	if !reply.Allowed && (reply.Result == nil || reply.Result.Message == "") {
+		return errors.New("denied without a message")
+	}
+	if !reply.Allowed && (reply.Result.Code < http.StatusBadRequest || reply.Result.Code > 599) {
+		return fmt.Errorf("denied with code %d, of which kube-apiserver makes another", reply.Result.Code)
+	}
+	if len(reply.Patch) == 0 {
+		return nil
+	}
+	if !reply.Allowed {
+		return errors.New("denied, and patched")
+	}
+	if reply.PatchType != admissionv1.PatchTypeJSONPatch {
+		return fmt.Errorf("a patch of type %q", reply.PatchType)
+	}
+	patch, err := jsonpatch.DecodePatch(reply.Patch)
+	if err != nil {
+		return fmt.Errorf("the patch cannot be read: %w", err)
+	}
+	if _, err = patch.Apply(sent.Request.Object); err != nil {
+		return fmt.Errorf("the patch cannot be applied: %w", err)
+	}
+	return nil
 }
 
 func main() {
