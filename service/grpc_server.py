@@ -117,7 +117,11 @@ class GrpcServer:
         verified anew, or not at all, or TLS begins or ends, they get GOAWAY, may finish the calls in
         flight, and for some milliseconds nobody listens. Raises SandboxError if the address is lost.
         """
-        if self._credentials is not None and tls is not None and self._credentials.accept(tls):
+        if tls is None:
+            unchanged = self._credentials is None
+        else:
+            unchanged = self._credentials is not None and self._credentials.accept(tls)
+        if unchanged:
             self._set_access(tls)
             return
         self._drain(self._server)

@@ -234,6 +234,7 @@ limits: {timeout: 30s}
 
 def test_no_request_fails_while_everything_is_reloaded(service: Reloading) -> None:
     stop, users, failures = threading.Event(), set(), []
+    users_over_grpc: set[str] = set()
 
     def ask() -> None:
         connection = service.served.connect()
@@ -248,8 +249,14 @@ def test_no_request_fails_while_everything_is_reloaded(service: Reloading) -> No
                 users.add(answer["status"]["user"]["username"])
         connection.close()
 
-    with ThreadPoolExecutor(3) as pool:
-        asking = [pool.submit(ask) for _ in range(3)]
+    def ask_over_grpc() -> None:
+        stub = reviews_pb2_grpc.ReviewServiceStub(service.served.channel())
+        request = reviews_pb2.AuthenticateRequest(review=json.dumps(TOKEN_REVIEW).encode())
+        while not stop.is_set():
+            users_over_grpc.add(json.loads(stub.Authenticate(request).review)["status"]["user"]["username"])
+
+    with ThreadPoolExecutor(4) as pool:
+        asking = [pool.submit(ask) for _ in range(3)] + [pool.submit(ask_over_grpc)]
         try:
             for number in range(2, 7):
                 service.put("who.wasm", printing("authn", knows(f"user-{number}")))
@@ -261,6 +268,7 @@ def test_no_request_fails_while_everything_is_reloaded(service: Reloading) -> No
             each.result()
     assert failures == []
     assert {"first", "user-2", "user-5"} < users
+    assert {"user-2", "user-5"} < users_over_grpc
 
 
 def test_a_worker_that_dies_is_replaced_by_one_that_serves_the_same(service: Reloading) -> None:
