@@ -179,7 +179,8 @@ async def test_a_registry_without_tls_on_this_machine(
     sandbox: Sandbox, tmp_path: Path, module: bytes
 ) -> None:
     with registry(tmp_path / "plain", tls=False) as server:
-        await load(sandbox, tmp_path, server.push(REPOSITORY, (LAYER, module)))
+        (found,) = (await load(sandbox, tmp_path, server.push(REPOSITORY, (LAYER, module)))).modules
+        assert found.digest == digest_of(module)
 
 
 def log_in(folder: Path, config: object) -> None:
@@ -195,14 +196,16 @@ async def test_credentials_are_those_of_docker(
     server.needs = needs
     reference = server.push(REPOSITORY, (LAYER, module))
     log_in(tmp_path, {"auths": {name.format(server.host): {"auth": LOGIN}}})
-    await load(sandbox, tmp_path, reference)
+    (found,) = (await load(sandbox, tmp_path, reference)).modules
+    assert found.digest == digest_of(module)
 
 
 async def test_public_artifacts_need_no_credentials(
     sandbox: Sandbox, server: Registry, tmp_path: Path, module: bytes
 ) -> None:
     server.needs = "token"
-    await load(sandbox, tmp_path, server.push(REPOSITORY, (LAYER, module)))
+    (found,) = (await load(sandbox, tmp_path, server.push(REPOSITORY, (LAYER, module)))).modules
+    assert found.digest == digest_of(module)
 
 
 @pytest.mark.parametrize("needs", ["login", "basic"])
@@ -385,7 +388,10 @@ async def test_artifacts_that_hold_no_module(
 async def test_other_layers_beside_the_module_do_not_matter(
     sandbox: Sandbox, server: Registry, tmp_path: Path, module: bytes, kind: str
 ) -> None:
-    await load(sandbox, tmp_path, server.push(REPOSITORY, (CONFIG, b"{}"), (kind, module)))
+    (found,) = (
+        await load(sandbox, tmp_path, server.push(REPOSITORY, (CONFIG, b"{}"), (kind, module)))
+    ).modules
+    assert found.digest == digest_of(module)
 
 
 async def test_a_layer_that_is_larger_than_its_manifest_says(
