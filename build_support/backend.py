@@ -1,8 +1,8 @@
 """The build backend: setuptools, after making what is not Python.
 
 Two things are made inside the source tree, where an editable install finds them and a wheel takes
-them from: the protobuf code (src/bulkhead/v1) from proto/, and the spawner (sandbox/native/bin)
-from C. A system compiler builds the spawner; where there is none, the build asks pip for ziglang,
+them from: the protobuf code (src/bulkhead/v1) from proto/, and the spawner and its library
+(sandbox/native/bin) from C. A system compiler builds them; where there is none, the build asks pip for ziglang,
 a compiler in a wheel. BULKHEAD_CC overrides the choice: a command such as `clang`, or `zig`.
 """
 
@@ -37,9 +37,20 @@ _ZIG = "ziglang==0.17.1"
 # The oldest glibc that the project supports; only zig can build for another than the machine's.
 _ZIG_TARGET = f"{platform.machine()}-linux-gnu.2.28"
 _C_FLAGS = [
-    "-std=c11", "-O2", "-g0", "-fPIE", "-fstack-protector-strong",
+    "-std=c11", "-O2", "-g0", "-fstack-protector-strong",
     "-Wall", "-Wextra", "-Wshadow", "-Wconversion", "-Wstrict-prototypes", "-Wmissing-prototypes",
 ]  # fmt: skip
+# What is built: the program or library, its sources, its flags.
+_NATIVE = {
+    "bulkhead-spawner": (
+        ("spawner.c", "programs.c", "process.c", "runs.c", "zygotes.c", "confine.c"),
+        ("-fPIE",),
+    ),
+    "libbulkhead-zygote.so": (
+        ("zygote.c", "confine.c"),
+        ("-shared", "-fPIC", "-fvisibility=hidden", "-ldl", "-lpthread"),
+    ),
+}
 _PROTO_PACKAGE = (
     '"""Generated from proto/bulkhead/v1 by the build: messages and clients of the gRPC API."""\n'
 )
@@ -65,18 +76,24 @@ def _needs_zig() -> bool:
     return chosen == "zig" or not (chosen or any(map(shutil.which, ("cc", "gcc", "clang"))))
 
 
-def build_spawner() -> Path:
-    """Compiles sandbox/native/spawner.c, and returns the program's path."""
+def compiler_command() -> list[str]:
+    """The compiler with the flags that all of our C is built with."""
+    return [*_compiler(), *_C_FLAGS]
+
+
+def build_native() -> None:
+    """Compiles sandbox/native: the spawner, and the library that it preloads into wasmtime."""
     native = _ROOT / "src" / "bulkhead" / "sandbox" / "native"  # there in an sdist, too
-    program = native / "bin" / "bulkhead-spawner"
-    program.parent.mkdir(exist_ok=True)
-    fresh = program.with_suffix(f".{os.getpid()}")
-    command = [*_compiler(), *_C_FLAGS, "-o", str(fresh), str(native / "spawner.c")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise SystemExit(f"compiling the spawner failed: {shlex.join(command)}\n{done.stderr}")
-    fresh.replace(program)
-    return program
+    (native / "bin").mkdir(exist_ok=True)
+    for name, (sources, flags) in _NATIVE.items():
+        target = native / "bin" / name
+        fresh = target.with_name(f"{name}.{os.getpid()}")
+        files = [str(native / source) for source in sources]
+        command = [*compiler_command(), *files, *flags, "-o", str(fresh)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise SystemExit(f"compiling {name} failed: {shlex.join(command)}\n{done.stderr}")
+        fresh.replace(target)  # never in place: a service that runs from this tree has it mapped
 
 
 def generate_protobuf() -> None:
@@ -108,7 +125,7 @@ def generate_protobuf() -> None:
 
 def _prepare() -> None:
     generate_protobuf()
-    build_spawner()
+    build_native()
 
 
 def _compiler_requirement() -> list[str]:

@@ -11,7 +11,8 @@ from bulkhead.sandbox.compiled import CompiledModule
 from bulkhead.sandbox.errors import InvalidModule, InvalidModuleReason, SandboxError
 from bulkhead.sandbox.launch import EndReason
 from bulkhead.sandbox.memfile import create_memfile, read_memfile, write_memfile
-from bulkhead.sandbox.spawner import Bounds, Spawner
+from bulkhead.sandbox.spawner import Spawner
+from bulkhead.sandbox.spawner_protocol import Bounds
 from bulkhead.sandbox.tool import ToolEnd, execute_tool
 from bulkhead.sandbox.wasmtime import Runtime
 

@@ -1,8 +1,4 @@
-"""What a launcher does: it starts one process for one job and says how that ended.
-
-The layers above know only these types. One launcher executes wasmtime anew for every job
-(exec_launcher.py); others may start processes in other ways.
-"""
+"""What is started and what comes of it: a process for a job, and the bare facts of its end."""
 
 from __future__ import annotations
 
@@ -10,7 +6,6 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Protocol
 
 from bulkhead.sandbox.compiled import CompiledModule
 from bulkhead.sandbox.limits import Limits
@@ -62,10 +57,3 @@ class Run:
     ended: asyncio.Future[Exit]
     kill: Callable[[], None]
     """Ends the run; `ended` comes when the process is reaped. Harmless afterwards."""
-
-
-class Launcher(Protocol):
-    """Starts jobs. All of it runs on one event loop and never blocks that."""
-
-    async def start(self, job: Job) -> Run:
-        """Raises SandboxError when no process can be started at all, Overloaded when just not now."""

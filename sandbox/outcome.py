@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 
 
 class Outcome(StrEnum):
@@ -23,6 +23,15 @@ class Outcome(StrEnum):
     START_FAILED = "start_failed"
 
 
+class Way(IntEnum):
+    """How a run's process came into being. The numbers are those of native/protocol.h."""
+
+    EXEC = 0
+    """wasmtime was executed for it."""
+    ZYGOTE = 1
+    """It was forked from a wasmtime that had loaded the module."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
     """What one run used."""
@@ -31,6 +40,7 @@ class Usage:
     cpu_seconds: float
     peak_memory_bytes: int
     """Largest resident set of the process, the runtime's own share included."""
+    way: Way = Way.EXEC
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

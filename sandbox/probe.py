@@ -2,34 +2,58 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import os
+import secrets
+import signal
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from bulkhead.sandbox.errors import SandboxError
 from bulkhead.sandbox.limits import Limits
 from bulkhead.sandbox.memfile import create_memfile
+from bulkhead.sandbox.outcome import Way
 from bulkhead.sandbox.spawner import Spawner
+from bulkhead.sandbox.spawner_protocol import (
+    KEY_BYTES,
+    Bounds,
+    ProcessEnd,
+    Program,
+    ProgramFlags,
+    ZygoteReport,
+    ZygoteState,
+)
 from bulkhead.sandbox.tool import ToolEnd, execute_tool
 
-# Exports `echo`, which writes what it reads (at most 64 KiB), `trap`, which hits `unreachable`, and
-# a memory of two pages. Made from:
+# Exports `echo`, which writes what it reads (at most 64 KiB), `random`, which writes 16 random bytes,
+# `spin`, which never ends, `trap`, which hits `unreachable`, and a memory of two pages. Made from:
 #   (module
 #     (import "wasi_snapshot_preview1" "fd_read" (func $read (param i32 i32 i32 i32) (result i32)))
 #     (import "wasi_snapshot_preview1" "fd_write" (func $write (param i32 i32 i32 i32) (result i32)))
+#     (import "wasi_snapshot_preview1" "random_get" (func $random (param i32 i32) (result i32)))
 #     (memory (export "memory") 2)
+#     (func $tell (param $size i32)
+#       (i32.store (i32.const 0) (i32.const 16))
+#       (i32.store (i32.const 4) (local.get $size))
+#       (drop (call $write (i32.const 1) (i32.const 0) (i32.const 1) (i32.const 8))))
 #     (func (export "echo")
 #       (i32.store (i32.const 0) (i32.const 16))
 #       (i32.store (i32.const 4) (i32.const 65536))
 #       (drop (call $read (i32.const 0) (i32.const 0) (i32.const 1) (i32.const 8)))
-#       (i32.store (i32.const 4) (i32.load (i32.const 8)))
-#       (drop (call $write (i32.const 1) (i32.const 0) (i32.const 1) (i32.const 8))))
+#       (call $tell (i32.load (i32.const 8))))
+#     (func (export "random")
+#       (drop (call $random (i32.const 16) (i32.const 16)))
+#       (call $tell (i32.const 16)))
+#     (func (export "spin") (loop (br 0)))
 #     (func (export "trap") (unreachable)))
 PROBE_MODULE = base64.b64decode(
-    "AGFzbQEAAAABDAJgBH9/f38Bf2AAAAJEAhZ3YXNpX3NuYXBzaG90X3ByZXZpZXcxB2ZkX3JlYWQAABZ3YXNpX3NuYXBzaG90X3By"
-    "ZXZpZXcxCGZkX3dyaXRlAAADAwIBAQUDAQACBxgDBm1lbW9yeQIABGVjaG8AAgR0cmFwAAMKOAIyAEEAQRA2AgBBBEGAgAQ2AgBB"
-    "AEEAQQFBCBAAGkEEQQgoAgA2AgBBAUEAQQFBCBABGgsDAAAL"
+    "AGFzbQEAAAABFgRgBH9/f38Bf2ACf38Bf2ABfwBgAAACaAMWd2FzaV9zbmFwc2hvdF9wcmV2aWV3MQdmZF9yZWFkAAAWd2FzaV9zbmFw"
+    "c2hvdF9wcmV2aWV3MQhmZF93cml0ZQAAFndhc2lfc25hcHNob3RfcHJldmlldzEKcmFuZG9tX2dldAABAwYFAgMDAwMFAwEAAgcoBQZt"
+    "ZW1vcnkCAARlY2hvAAQGcmFuZG9tAAUEc3BpbgAGBHRyYXAABwpcBRsAQQBBEDYCAEEEIAA2AgBBAUEAQQFBCBABGgskAEEAQRA2AgBB"
+    "BEGAgAQ2AgBBAEEAQQFBCBAAGkEIKAIAEAMLDQBBEEEQEAIaQRAQAwsHAANADAALCwMAAAsALgRuYW1lARwEAARyZWFkAQV3cml0ZQIG"
+    "cmFuZG9tAwR0ZWxsAgkBAwEABHNpemU="
 )
 TRAP_EXIT_CODE = 134
 """What the wasmtime CLI exits with after a trap. A guest's own codes pass up to 125, others become 1."""
@@ -37,6 +61,18 @@ TRAP_EXIT_CODE = 134
 _LIMITS = Limits(memory_bytes=2 * 65536)
 _TOO_LITTLE_MEMORY = Limits(memory_bytes=65536)
 _INPUT = b"bulkhead\n"
+
+_RANDOM_RUNS = 20
+_READY_SECONDS = 10.0
+_BOUNDS = Bounds(
+    wall_seconds=10,
+    cpu_seconds=5,
+    data_bytes=64 << 20,
+    address_bytes=64 << 30,
+    file_bytes=65536,
+    stderr_bytes=4096,
+)
+_LITTLE_CPU_SECONDS = 0.02
 
 LimitFlags = Callable[..., tuple[str, ...]]
 
@@ -53,11 +89,8 @@ async def probe(
     Returns the peak memory of the runner with next to nothing in it, in bytes.
     Raises ProbeFailed with the first thing that is not so.
     """
-    module, artifact = create_memfile("probe.wasm"), create_memfile("probe.cwasm")
+    artifact = await _compile(spawner, compiler, flags)
     try:
-        os.write(module, PROBE_MODULE)
-        compiling = [str(compiler), "compile", *flags, "-o", "/proc/self/fd/4", "/proc/self/fd/3"]
-        _expect(await execute_tool(spawner, compiling, files=(module, artifact)), "compiling", exit_code=0)
 
         async def run(entry_point: str, limits: Limits) -> ToolEnd:
             argv = [str(runner), "run", *flags, *limit_flags(limits, stdin_bytes=0), "--allow-precompiled"]
@@ -70,8 +103,88 @@ async def probe(
         _expect(await run("echo", _TOO_LITTLE_MEMORY), "limiting memory", exit_code=1)
         return running.usage.peak_memory_bytes
     finally:
-        os.close(module)
         os.close(artifact)
+
+
+async def _compile(spawner: Spawner, compiler: Path, flags: Sequence[str]) -> int:
+    """Returns a descriptor of the probe module's artifact. Raises ProbeFailed."""
+    module, artifact = create_memfile("probe.wasm"), create_memfile("probe.cwasm")
+    try:
+        os.write(module, PROBE_MODULE)
+        compiling = [str(compiler), "compile", *flags, "-o", "/proc/self/fd/4", "/proc/self/fd/3"]
+        _expect(await execute_tool(spawner, compiling, files=(module, artifact)), "compiling", exit_code=0)
+    except BaseException:
+        os.close(artifact)
+        raise
+    finally:
+        os.close(module)
+    return artifact
+
+
+async def probe_zygote(
+    spawner: Spawner, compiler: Path, runner: Path, flags: Sequence[str], limit_flags: LimitFlags
+) -> None:
+    """Runs from zygotes: output is right, no two runs draw the same random bytes, limits bite.
+
+    Raises ProbeFailed with the first thing that is not so: then every run has to execute the runner.
+    """
+    artifact = await _compile(spawner, compiler, flags)
+    known = []
+    try:
+        for entry_point in ("echo", "random", "spin", "trap"):
+            argv = [str(runner), "run", *flags, *limit_flags(_LIMITS, stdin_bytes=0), "--allow-precompiled"]
+            program = Program(
+                key=secrets.token_bytes(KEY_BYTES),
+                argv=(*argv, "--invoke", entry_point, "/proc/self/fd/3"),
+                environment=("TOKIO_WORKER_THREADS=1",),
+                flags=ProgramFlags.IS_WASMTIME | ProgramFlags.HAS_ZYGOTE,
+                layers=spawner.layers,
+            )
+            known.append(program.key)
+            await _start_zygote(spawner, program, artifact)
+        await _try_zygotes(spawner, *known)
+    finally:
+        for key in known:
+            spawner.forget(key)
+        os.close(artifact)
+
+
+async def _start_zygote(spawner: Spawner, program: Program, artifact: int) -> None:
+    reports: asyncio.Queue[ZygoteReport] = asyncio.Queue()
+    spawner.on_zygote = reports.put_nowait
+    spawner.register(program, (artifact,))
+    try:
+        async with asyncio.timeout(_READY_SECONDS):
+            while (report := await reports.get()).key != program.key:
+                continue
+    except TimeoutError:
+        raise ProbeFailed(f"no zygote after {_READY_SECONDS:g} s") from None
+    if report.state is not ZygoteState.READY:
+        raise ProbeFailed(f"no zygote: {report.reason or report.state.name.lower()}")
+
+
+async def _try_zygotes(spawner: Spawner, echo: bytes, random: bytes, spin: bytes, trap: bytes) -> None:
+    async def run(key: bytes, bounds: Bounds = _BOUNDS, stdin: bytes = b"") -> ProcessEnd:
+        end = await spawner.run(key, bounds, stdin=stdin)[0]
+        if end.usage.way is not Way.ZYGOTE:
+            raise ProbeFailed("a run was not forked from its zygote")
+        return end
+
+    def expect(what: str, end: ProcessEnd, status: int, stdout: bytes = b"") -> None:
+        if end.wait_status != status or end.stdout != stdout:
+            words = " ".join(end.stderr.decode(errors="replace").split())[:300]
+            raise ProbeFailed(f"{what} from a zygote ended with status {end.wait_status:#x}: {words}")
+
+    for text in (_INPUT, _INPUT * 2):
+        expect("running", await run(echo, stdin=text), 0, text)
+    expect("trapping", await run(trap), TRAP_EXIT_CODE << 8)
+    drawn = [(await run(random)).stdout for _ in range(_RANDOM_RUNS)]
+    if len(set(drawn)) != _RANDOM_RUNS or any(len(each) != 16 for each in drawn):
+        raise ProbeFailed("runs of one zygote share their randomness")
+    little_time = replace(_BOUNDS, cpu_seconds=_LITTLE_CPU_SECONDS)
+    expect("limiting CPU time", await run(spin, little_time), signal.SIGPROF)
+    little_output = await run(echo, replace(_BOUNDS, file_bytes=1), _INPUT)
+    expect("limiting output", little_output, signal.SIGXFSZ, _INPUT[:1])
 
 
 def _expect(end: ToolEnd, what: str, *, exit_code: int, stdout: bytes = b"") -> None:

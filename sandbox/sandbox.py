@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import socket
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
@@ -22,14 +23,16 @@ from bulkhead.sandbox.errors import (
     Overloaded,
     SandboxError,
 )
-from bulkhead.sandbox.exec_launcher import ExecLauncher
 from bulkhead.sandbox.files import make_private_directory
-from bulkhead.sandbox.launch import Exit, Job, Launcher
+from bulkhead.sandbox.isolation import NO_LAYERS, Layer, require_layers
+from bulkhead.sandbox.launch import Exit, Job
+from bulkhead.sandbox.launcher import Launcher, ZygoteNews
 from bulkhead.sandbox.limits import Limits, largest
 from bulkhead.sandbox.module import ModuleInfo, check_fits, check_runnable, describe, digest_of
 from bulkhead.sandbox.outcome import Outcome, RunResult, Usage
 from bulkhead.sandbox.slots import Slots
-from bulkhead.sandbox.spawner import SHORTAGES, SpawnerKeeper, StartFailed
+from bulkhead.sandbox.spawner import SHORTAGES, SpawnerKeeper
+from bulkhead.sandbox.spawner_protocol import StartFailed
 from bulkhead.sandbox.store import ModuleStore
 from bulkhead.sandbox.verdict import judge
 from bulkhead.sandbox.wasmtime import Runtime, find_runtime
@@ -83,6 +86,12 @@ class SandboxOptions:
     max_stdin_bytes: int = 64 << 20
     max_concurrent_runs: int = field(default_factory=default_concurrent_runs)
     max_queued_runs: int = 512
+    zygotes: bool = True
+    """Fork runs from a wasmtime that has loaded the module, where that works; else execute it for each."""
+    require: Layer = NO_LAYERS
+    """Layers of isolation without which nothing is run."""
+    spawner: socket.socket | None = None
+    """A connection to a spawner that others use, too; without one, the sandbox starts its own."""
 
 
 @dataclass(slots=True)
@@ -115,6 +124,9 @@ class Sandbox:
         self._compiler = compiler
         self._spawners = spawners
         self._launcher = launcher
+        self.on_zygote: Callable[[ZygoteNews], None] = lambda news: None
+        """Called with news of zygotes: that one is ready, or died, or cannot be."""
+        launcher.on_news = lambda news: self.on_zygote(news)
         self._slots = Slots(options.max_concurrent_runs, options.max_queued_runs)
         self._loaded: OrderedDict[str, _Loaded] = OrderedDict()
         self._compiling = asyncio.Lock()
@@ -131,15 +143,22 @@ class Sandbox:
         make_private_directory(options.state_dir)
         store = ModuleStore(options.state_dir / "modules", max_total_bytes=options.max_store_bytes)
         cache = CompileCache(options.state_dir / "cache", options.state_dir / "cache.secret")
-        spawners = SpawnerKeeper()
+        spawners = SpawnerKeeper(options.spawner)
         try:
-            runtime = await find_runtime(await spawners.living(), options.state_dir, options.wasmtime)
+            spawner = await spawners.living()
+            require_layers(options.require, spawner.layers)
+            runtime = await find_runtime(spawner, options.state_dir, options.wasmtime)
         except BaseException:
             await spawners.close()
             raise
-        return cls(
-            options, runtime, store, Compiler(runtime, cache), spawners, ExecLauncher(runtime, spawners)
+        launcher = Launcher(
+            runtime,
+            spawners,
+            options.max_stdin_bytes,
+            zygotes=options.zygotes and not runtime.zygote_obstacle,
+            required=options.require,
         )
+        return cls(options, runtime, store, Compiler(runtime, cache), spawners, launcher)
 
     async def __aenter__(self) -> Sandbox:
         return self
@@ -163,6 +182,7 @@ class Sandbox:
         # All runs have failed by now; their callbacks close the files.
         await self._slots.until_idle()
         self._loaded.clear()
+        self._launcher.close()
 
     @property
     def active_runs(self) -> int:
@@ -209,15 +229,17 @@ class Sandbox:
             return loaded.info
         return describe(self.store.read(digest), max_bytes=self.options.max_module_bytes)
 
-    async def prepare(self, digest: str, entry_point: str, *, metered: bool = False) -> None:
-        """Loads a module for good, so that running it needs no compiler and no disk.
+    async def prepare(self, digest: str, entry_point: str, *, limits: Limits | None = None) -> None:
+        """Loads a module for good, so that running it needs no compiler and no disk, and little time.
 
         Raises UnknownModule, InvalidModule (the entry point), SandboxError.
         """
+        chosen = limits if limits is not None else self.options.limits
         loaded = await self._load(digest)
         loaded.info.require_entry_point(entry_point)
-        await self._compiled(loaded, metered=metered)
+        compiled = await self._compiled(loaded, metered=chosen.fuel is not None)
         self._pin(loaded)
+        await self._launcher.keep(compiled, entry_point, chosen)
 
     async def probe(self, digest: str, entry_point: str, *, limits: Limits) -> None:
         """Starts a module on an empty input. What it makes of that does not matter.
@@ -368,7 +390,7 @@ class Sandbox:
         self._loaded[loaded.info.digest] = loaded
         unpinned = [digest for digest, loaded in self._loaded.items() if not loaded.pinned]
         for digest in unpinned[: max(0, len(unpinned) - _MOST_LOADED)]:
-            del self._loaded[digest]
+            self._unload(digest)
 
     def _pin(self, loaded: _Loaded) -> _Loaded:
         """Keeps a compiled module for good. Returns the one that is kept: another may have come first."""
@@ -381,7 +403,11 @@ class Sandbox:
         """Unloads a module that is not loaded for good."""
         loaded = self._loaded.get(digest)
         if loaded is not None and not loaded.pinned:
-            del self._loaded[digest]
+            self._unload(digest)
+
+    def _unload(self, digest: str) -> None:
+        for compiled in self._loaded.pop(digest).compiled.values():
+            self._launcher.forget(compiled)
 
     async def _compiled_by(self, deadline: float | None, loaded: _Loaded, *, metered: bool) -> CompiledModule:
         """Like `_compiled`. Raises DeadlinePassed when it is not done in time."""

@@ -7,35 +7,45 @@ import contextlib
 import errno
 import fcntl
 import os
+import secrets
 import signal
 import socket
-import struct
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from bulkhead.sandbox.errors import SandboxError
 from bulkhead.sandbox.launch import EndReason
-from bulkhead.sandbox.outcome import Usage
+from bulkhead.sandbox.outcome import Usage, Way
+from bulkhead.sandbox.spawner_protocol import (
+    HEADER,
+    KEY_BYTES,
+    MAGIC,
+    MOST_INLINE_STDIN_BYTES,
+    MOST_MESSAGE_BYTES,
+    VERSION,
+    Bounds,
+    MessageType,
+    ProcessEnd,
+    Program,
+    StartFailed,
+    ZygoteReport,
+    decode_ended,
+    decode_failed,
+    decode_layers,
+    decode_output,
+    decode_zygote,
+    encode_forget,
+    encode_plain,
+    encode_program,
+    encode_run,
+)
 
 PROGRAM = Path(__file__).resolve().parent / "native" / "bin" / "bulkhead-spawner"
+LIBRARY = PROGRAM.with_name("libbulkhead-zygote.so")
+"""What the spawner preloads into wasmtime."""
 
-# native/protocol.h; its own order of fields.
-_MAGIC = 0x44484B42
-_VERSION = 1
-_HEADER = struct.Struct("=IHHQ")
-_RUN = struct.Struct("=IHHQ QQQQQQ IIII")
-_ENDED = struct.Struct("=IHHQ iIQQQII")
-_FAILED = struct.Struct("=IHHQ Ii")
-_HELLO_TYPE, _RUN_TYPE, _KILL_TYPE, _ENDED_TYPE, _FAILED_TYPE = 1, 2, 3, 4, 5
-_STAGES = {
-    1: "the request",
-    2: "preparing the process",
-    3: "confining the process",
-    4: "executing the program",
-}
-_MOST_REPLY_BYTES = 256
 _CONTROL_FD = 3
 
 _START_SECONDS = 10.0  # to its first word; only a machine in deep trouble needs so long
@@ -50,101 +60,77 @@ _GONE = frozenset({errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN})
 SHORTAGES = frozenset(
     {errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM, errno.ENOBUFS, errno.ETOOMANYREFS, errno.ENOSPC}
 )
-_MOST_MESSAGE_BYTES = 65536
-_MOST_STRINGS = 512
-_MOST_FILES = 8
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Bounds:
-    """What the kernel enforces on one process."""
-
-    wall_seconds: float
-    cpu_seconds: float
-    data_bytes: int
-    address_bytes: int
-    file_bytes: int
-    """The most that any file can hold to which it writes, its standard output for one."""
-    stderr_bytes: int
-    open_files: int = 64
-    pinned: bool = True
-    """Keep all its threads on one CPU."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProcessEnd:
-    """A process that has ended and is reaped."""
-
-    wait_status: int
-    reason: EndReason
-    stderr_truncated: bool
-    usage: Usage
-
 
 _NEVER_RUN = ProcessEnd(
     wait_status=int(signal.SIGKILL),
     reason=EndReason.KILLED,
+    stdout=b"",
+    stderr=b"",
     stderr_truncated=False,
-    usage=Usage(wall_seconds=0.0, cpu_seconds=0.0, peak_memory_bytes=0),
+    usage=Usage(wall_seconds=0.0, cpu_seconds=0.0, peak_memory_bytes=0, way=Way.EXEC),
+    layers=0,
 )
 """Of a run that was killed while its request waited to be sent."""
-
-
-class StartFailed(SandboxError):
-    """There never was a process."""
-
-    def __init__(self, message: str, error_number: int) -> None:
-        super().__init__(message)
-        self.error_number = error_number
-        """Of the system call that failed."""
 
 
 @dataclass(slots=True)
 class _Pending:
     ended: asyncio.Future[ProcessEnd]
     backstop: asyncio.TimerHandle | None = None
+    output: dict[int, list[bytes]] = field(default_factory=dict)
+    """What has come of long output, by stream."""
 
 
 class Spawner:
-    """One spawner process. When it dies, all its runs die with it and fail, and it stays dead.
+    """A connection to a spawner process. When that dies, all its runs fail, and it stays dead.
 
-    Owned by one event loop. `start` it, `run` processes, `close` it.
+    Owned by one event loop. `start` one or `attach` to one, `register` programs, `run` them, `close` it.
     """
 
     def __init__(self, pid: int, control: socket.socket, loop: asyncio.AbstractEventLoop) -> None:
+        control.setblocking(False)
         self._pid = pid
         self._control = control
         self._loop = loop
         self._pending: dict[int, _Pending] = {}
         self._outbox: deque[tuple[int, bytes, Sequence[int]]] = deque()
+        self._buffer = memoryview(bytearray(MOST_MESSAGE_BYTES))
         self._writing = False
         self._last_id = 0
-        self._hello: asyncio.Future[None] = loop.create_future()
+        self._hello: asyncio.Future[int] = loop.create_future()
         self._dead = False
+        self.on_zygote: Callable[[ZygoteReport], None] = lambda report: None
+        """Called with news of zygotes."""
         loop.add_reader(control.fileno(), self._on_readable)
 
     @classmethod
     async def start(cls, program: Path = PROGRAM) -> Spawner:
         """Starts the process and waits for its first word. Raises SandboxError."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        ours.setblocking(False)
         with theirs:
             try:
                 pid = _spawn(program, theirs.fileno())
             except OSError as error:
                 ours.close()
                 raise SandboxError(f"cannot start {program}: {error.strerror}; reinstall Bulkhead") from error
-        spawner = cls(pid, ours, asyncio.get_running_loop())
+        return await cls(pid, ours, asyncio.get_running_loop())._greeted(str(program))
+
+    @classmethod
+    async def attach(cls, control: socket.socket) -> Spawner:
+        """Becomes a client of a spawner that somebody else has started. Raises SandboxError."""
+        return await cls(0, control, asyncio.get_running_loop())._greeted("the shared spawner")
+
+    async def _greeted(self, name: str) -> Spawner:
         try:
             async with asyncio.timeout(_START_SECONDS):
-                await spawner._hello
+                await self._hello
         except TimeoutError:
-            spawner._die("it did not start in time")
-            raise SandboxError(f"{program} did not start in {_START_SECONDS:g} s") from None
+            self._die("it did not start in time")
+            raise SandboxError(f"{name} did not start in {_START_SECONDS:g} s") from None
         except BaseException:
-            spawner._die("its start was given up")
+            self._die("its start was given up")
             raise
-        return spawner
+        return self
 
     @property
     def alive(self) -> bool:
@@ -152,32 +138,72 @@ class Spawner:
 
     @property
     def pid(self) -> int:
+        """0: of a shared spawner, which is nobody's child here."""
         return self._pid
 
-    def run(
-        self, argv: Sequence[str], environment: Sequence[str], files: Sequence[int], bounds: Bounds
-    ) -> tuple[asyncio.Future[ProcessEnd], Callable[[], None]]:
-        """Starts a process; returns its end to come, and a function that kills it.
+    @property
+    def layers(self) -> int:
+        """Of isolation that work on this machine; see isolation.py."""
+        return self._hello.result()
 
-        `files` become its descriptors 0, 1, 2 and so on, and must stay open until it ended or was
-        killed. The future gets a StartFailed, or another SandboxError if the spawner dies.
+    def register(self, program: Program, files: Sequence[int] = ()) -> None:
+        """Makes a program known. `files` become its runs' descriptors 3 and up.
+
+        Raises StartFailed for what no process can be started with, SandboxError.
         """
-        if self._dead:
-            raise SandboxError("the spawner is gone")
+        self._require_alive()
+        self._send(0, encode_program(program, len(files)), tuple(files))
+
+    def forget(self, key: bytes) -> None:
+        """No more runs of it; those that there are go on."""
+        if not self._dead:
+            self._send(0, encode_forget(key), ())
+
+    def run(
+        self, key: bytes, bounds: Bounds, *, stdin: bytes = b"", stdin_fd: int | None = None
+    ) -> tuple[asyncio.Future[ProcessEnd], Callable[[], None]]:
+        """Runs a registered program; returns its end to come, and a function that kills it.
+
+        Where `stdin` is longer than MOST_INLINE_STDIN_BYTES, `stdin_fd` is to be a file with it, which
+        must stay open until the run ended. The future gets a StartFailed, or another SandboxError if the
+        spawner dies.
+        """
+        self._require_alive()
         self._last_id += 1
         run_id = self._last_id
-        message = _encode_run(run_id, argv, environment, files, bounds)
+        inline = stdin_fd is None
+        assert not inline or len(stdin) <= MOST_INLINE_STDIN_BYTES
+        message = encode_run(run_id, key, bounds, stdin if inline else None)
         pending = _Pending(self._loop.create_future())
         self._pending[run_id] = pending
         pending.backstop = self._loop.call_later(
             bounds.wall_seconds + _ANSWER_SLACK_SECONDS, self._on_late, run_id
         )
-        self._send(run_id, message, files)
+        self._send(run_id, message, () if stdin_fd is None else (stdin_fd,))
         return pending.ended, lambda: self._kill(run_id)
+
+    async def execute(
+        self, argv: Sequence[str], bounds: Bounds, *, stdin: bytes = b"", files: Sequence[int] = ()
+    ) -> ProcessEnd:
+        """Runs a program once, to its end. Raises StartFailed, SandboxError. Cancelling kills it."""
+        key = secrets.token_bytes(KEY_BYTES)
+        self.register(Program(key=key, argv=tuple(argv)), files)
+        ended, kill = self.run(key, bounds, stdin=stdin)
+        self.forget(key)
+        try:
+            return await ended
+        finally:
+            kill()
 
     async def close(self) -> None:
         """Kills all runs and ends the process."""
         self._die("the sandbox was closed")
+
+    def _require_alive(self) -> None:
+        if self._dead:
+            raise SandboxError("the spawner is gone")
+
+    # Sending
 
     def _kill(self, run_id: int) -> None:
         if run_id not in self._pending or self._dead:
@@ -187,7 +213,7 @@ class Spawner:
                 self._outbox.remove(entry)
                 self._settle(run_id, _NEVER_RUN)
                 return
-        self._send(0, _HEADER.pack(_MAGIC, _VERSION, _KILL_TYPE, run_id), ())
+        self._send(0, encode_plain(MessageType.KILL, run_id), ())
 
     def _send(self, run_id: int, message: bytes, files: Sequence[int]) -> None:
         self._outbox.append((run_id, message, files))
@@ -199,7 +225,10 @@ class Spawner:
         while self._outbox:
             run_id, message, files = self._outbox[0]
             try:
-                socket.send_fds(self._control, [message], files)
+                if files:
+                    socket.send_fds(self._control, [message], files)
+                else:
+                    self._control.send(message)
             except BlockingIOError:
                 self._writing = True
                 self._loop.add_writer(self._control.fileno(), self._flush)
@@ -216,6 +245,8 @@ class Spawner:
         if self._writing:
             self._loop.remove_writer(self._control.fileno())
         self._writing = False
+
+    # The ends of runs
 
     def _on_late(self, run_id: int, *, again: bool = False) -> None:
         """A run is overdue. Before the spawner is given up: perhaps its answer lies here, unread."""
@@ -244,28 +275,39 @@ class Spawner:
         else:
             pending.ended.set_exception(end)
 
+    # Receiving
+
     def _on_readable(self) -> None:
         try:
             while not self._dead:
-                message = self._control.recv(_MOST_REPLY_BYTES)
-                if not message:
+                size = self._control.recv_into(self._buffer)
+                if size == 0:
                     self._die("it ended")
                     return
-                self._on_reply(message)
+                self._on_reply(self._buffer[:size])
         except BlockingIOError:
             return
         except OSError as error:
             self._die(f"reading from it failed: {error.strerror}")
 
-    def _on_reply(self, message: bytes) -> None:
-        magic, version, kind, run_id = _HEADER.unpack_from(message)
-        if (magic, version) != (_MAGIC, _VERSION):
+    def _on_reply(self, message: memoryview) -> None:
+        magic, version, kind, run_id = HEADER.unpack_from(message)
+        if (magic, version) != (MAGIC, VERSION):
             self._die("it speaks another protocol; reinstall Bulkhead")
-        elif kind == _HELLO_TYPE:
-            if not self._hello.done():
-                self._hello.set_result(None)
-        else:
-            self._settle(run_id, _decode_end(message) if kind == _ENDED_TYPE else _decode_failure(message))
+        elif kind == MessageType.ENDED:
+            pending = self._pending.get(run_id)
+            if pending is not None:
+                self._settle(run_id, decode_ended(message, pending.output))
+        elif kind == MessageType.OUTPUT:
+            stream, part = decode_output(message)
+            if (pending := self._pending.get(run_id)) is not None:
+                pending.output.setdefault(stream, []).append(part)
+        elif kind == MessageType.FAILED:
+            self._settle(run_id, decode_failed(message))
+        elif kind == MessageType.ZYGOTE:
+            self.on_zygote(decode_zygote(message))
+        elif kind == MessageType.HELLO and not self._hello.done():
+            self._hello.set_result(decode_layers(message))
 
     def _die(self, why: str) -> None:
         """Ends the process for good; every run that it had fails."""
@@ -276,10 +318,11 @@ class Spawner:
         self._loop.remove_reader(self._control.fileno())
         self._control.close()
         self._outbox.clear()
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self._pid, signal.SIGKILL)
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(self._pid, 0)  # prompt: nothing outlives SIGKILL
+        if self._pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._pid, signal.SIGKILL)
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(self._pid, 0)  # prompt: nothing outlives SIGKILL
         error = SandboxError(f"the spawner is gone: {why}")
         if not self._hello.done():
             self._hello.set_exception(error)
@@ -290,7 +333,9 @@ class Spawner:
 class SpawnerKeeper:
     """Keeps one spawner alive: starts another when it is needed and the last one died."""
 
-    def __init__(self) -> None:
+    def __init__(self, shared: socket.socket | None = None) -> None:
+        self._shared = shared
+        """Of a spawner that somebody else has started; used first."""
         self._spawner: Spawner | None = None
         self._starting = asyncio.Lock()
         self._closed = False
@@ -303,14 +348,23 @@ class SpawnerKeeper:
             if self._closed:
                 raise SandboxError("the sandbox is closed")
             if self._spawner is None or not self._spawner.alive:
-                self._spawner = await Spawner.start()
+                self._spawner = await self._start()
             return self._spawner
+
+    async def _start(self) -> Spawner:
+        shared, self._shared = self._shared, None
+        if shared is not None:
+            with contextlib.suppress(SandboxError):  # it has died meanwhile
+                return await Spawner.attach(shared)
+        return await Spawner.start()
 
     async def close(self) -> None:
         self._closed = True
         async with self._starting:  # one that is about to start is not to be forgotten
             if self._spawner is not None:
                 await self._spawner.close()
+            if self._shared is not None:
+                self._shared.close()
 
 
 def _spawn(program: Path, control_fd: int) -> int:
@@ -328,54 +382,3 @@ def _spawn(program: Path, control_fd: int) -> int:
         return os.posix_spawn(str(program), [program.name], {}, file_actions=actions, setsid=True)
     finally:
         os.close(control_fd)
-
-
-def _nanoseconds(seconds: float) -> int:
-    return max(1, int(seconds * 1e9))
-
-
-def _encode_run(
-    run_id: int, argv: Sequence[str], environment: Sequence[str], files: Sequence[int], bounds: Bounds
-) -> bytes:
-    """Raises StartFailed for what no process can be started with."""
-    count = len(argv) + len(environment)
-    try:
-        strings = os.fsencode("".join([f"{text}\0" for text in (*argv, *environment)]))
-    except UnicodeEncodeError as error:
-        raise StartFailed(f"an argument cannot be encoded: {error.reason}", errno.EILSEQ) from None
-    if strings.count(b"\0") != count:
-        raise StartFailed("an argument holds a NUL character", errno.EINVAL)
-    if _RUN.size + len(strings) > _MOST_MESSAGE_BYTES or count > _MOST_STRINGS or len(files) > _MOST_FILES:
-        raise StartFailed("it has too many arguments or files", errno.E2BIG)
-    fixed = _RUN.pack(
-        _MAGIC,
-        _VERSION,
-        _RUN_TYPE,
-        run_id,
-        _nanoseconds(bounds.wall_seconds),
-        _nanoseconds(bounds.cpu_seconds),
-        bounds.data_bytes,
-        bounds.address_bytes,
-        bounds.file_bytes,
-        bounds.stderr_bytes,
-        bounds.open_files,
-        int(bounds.pinned),
-        len(argv),
-        len(environment),
-    )
-    return fixed + strings
-
-
-def _decode_end(message: bytes) -> ProcessEnd:
-    *_, status, reason, wall, cpu, peak, truncated, _reserved = _ENDED.unpack(message)
-    return ProcessEnd(
-        wait_status=status,
-        reason=EndReason(reason),
-        stderr_truncated=bool(truncated),
-        usage=Usage(wall_seconds=wall / 1e9, cpu_seconds=cpu / 1e9, peak_memory_bytes=peak),
-    )
-
-
-def _decode_failure(message: bytes) -> StartFailed:
-    *_, stage, error = _FAILED.unpack(message)
-    return StartFailed(f"{_STAGES.get(stage, f'stage {stage}')} failed: {os.strerror(error)}", error)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from bulkhead.sandbox.errors import SandboxError
 from bulkhead.sandbox.launch import EndReason
-from bulkhead.sandbox.memfile import create_memfile, read_memfile, write_memfile
 from bulkhead.sandbox.outcome import Usage
-from bulkhead.sandbox.spawner import Bounds, Spawner, StartFailed
+from bulkhead.sandbox.spawner import Spawner
+from bulkhead.sandbox.spawner_protocol import Bounds, StartFailed
 
 _MOST_OUTPUT_BYTES = 1 << 20
 TOOL_BOUNDS = Bounds(
@@ -52,29 +52,17 @@ async def execute_tool(
 
     Cancelling kills it.
     """
-    fds: list[int] = []
     try:
-        fds += [create_memfile(name) for name in ("stdin", "stdout", "stderr")]
-        write_memfile(fds[0], stdin)
-        ended, kill = spawner.run(argv, (), (*fds, *files), bounds)
-        try:
-            end = await ended
-        finally:
-            kill()
-        return ToolEnd(
-            wait_status=end.wait_status,
-            reason=end.reason,
-            stdout=read_memfile(fds[1], bounds.file_bytes),
-            stderr=read_memfile(fds[2], bounds.stderr_bytes).decode(errors="replace"),
-            usage=end.usage,
-        )
-    except OSError as error:
-        raise SandboxError(f"cannot run {argv[0]}: {error.strerror}") from error
+        end = await spawner.execute(argv, bounds, stdin=stdin, files=files)
     except StartFailed as error:
         raise SandboxError(f"cannot run {argv[0]}: {error}") from error
-    finally:
-        for fd in fds:
-            os.close(fd)
+    return ToolEnd(
+        wait_status=end.wait_status,
+        reason=end.reason,
+        stdout=end.stdout,
+        stderr=end.stderr.decode(errors="replace"),
+        usage=end.usage,
+    )
 
 
 async def run_tool(spawner: Spawner, argv: Sequence[str]) -> str:

@@ -16,8 +16,8 @@ from bulkhead.sandbox.errors import SandboxError
 from bulkhead.sandbox.files import make_private_directory, write_atomically
 from bulkhead.sandbox.limits import Limits
 from bulkhead.sandbox.module import MAX_RUNNABLE_TABLES
-from bulkhead.sandbox.probe import ProbeFailed, probe
-from bulkhead.sandbox.spawner import Spawner
+from bulkhead.sandbox.probe import ProbeFailed, probe, probe_zygote
+from bulkhead.sandbox.spawner import LIBRARY, PROGRAM, Spawner
 from bulkhead.sandbox.tool import run_tool
 
 ENVIRONMENT_VARIABLE = "BULKHEAD_WASMTIME"
@@ -67,7 +67,7 @@ _MEMORIES = 1
 # The runtime's own default; a module's stack has to fit into it.
 _ASYNC_STACK_BYTES = 2 << 20
 _ASYNC_STACK_SPARE_BYTES = 1 << 20
-_RECORD_FORMAT = 3
+_RECORD_FORMAT = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +90,8 @@ class Runtime:
     """The names of all -W and -S options that it knows."""
     resident_bytes: int
     """Peak memory of a run of next to nothing: the runner's own share of any other."""
+    zygote_obstacle: str
+    """Why runs cannot be forked from a wasmtime that has loaded the module; empty: they can."""
     warnings: tuple[str, ...]
     """What is degraded and what to do about it."""
 
@@ -147,7 +149,10 @@ async def _find_runtime(spawner: Spawner, state_dir: Path, configured: Path | No
     sibling = candidate.path.with_name("wasmtime-min")
     runner = await asyncio.to_thread(_make_executable, sibling, bin_dir) if _is_program(sibling) else None
     record = bin_dir / "runtime.json"
-    marks = json.dumps([_RECORD_FORMAT, _mark(compiler), _mark(runner) if runner else None])
+    ours = [_mark(path) for path in (PROGRAM, LIBRARY)]
+    marks = json.dumps(
+        [_RECORD_FORMAT, ours, spawner.layers, _mark(compiler), _mark(runner) if runner else None]
+    )
     if (known := _recall(record, marks)) is not None:
         return replace(known, source=candidate.source)
     runtime = await _probe(spawner, candidate, compiler, runner)
@@ -247,6 +252,7 @@ async def _probe(spawner: Spawner, candidate: _Candidate, compiler: Path, runner
         flags=flags,
         options=frozenset(options),
         resident_bytes=0,
+        zygote_obstacle="",
         warnings=(),
     )
     found, complaint = await _first_that_works(spawner, runtime, runner)
@@ -254,7 +260,21 @@ async def _probe(spawner: Spawner, candidate: _Candidate, compiler: Path, runner
         warnings.append(
             f"wasmtime-min cannot load what wasmtime compiles, so runs take twice the time: {complaint}"
         )
+    found = replace(found, zygote_obstacle=await _zygote_obstacle(spawner, found))
+    if found.zygote_obstacle:
+        warnings.append(
+            f"every run starts wasmtime anew, which takes twice the time: {found.zygote_obstacle}; "
+            "install a version of wasmtime that docs/installation.md names"
+        )
     return replace(found, warnings=tuple(warnings))
+
+
+async def _zygote_obstacle(spawner: Spawner, runtime: Runtime) -> str:
+    try:
+        await probe_zygote(spawner, runtime.compiler, runtime.runner, runtime.flags, runtime.limit_flags)
+    except ProbeFailed as error:
+        return str(error)
+    return ""
 
 
 async def _first_that_works(spawner: Spawner, runtime: Runtime, runner: Path | None) -> tuple[Runtime, str]:
@@ -342,6 +362,7 @@ def _recall(record: Path, marks: str) -> Runtime | None:
             flags=tuple(fields["flags"]),
             options=frozenset(fields["options"]),
             resident_bytes=int(fields["resident_bytes"]),
+            zygote_obstacle=fields["zygote_obstacle"],
             warnings=tuple(fields["warnings"]),
         )
     except (OSError, ValueError, KeyError, TypeError):

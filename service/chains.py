@@ -210,7 +210,7 @@ async def _read(sandbox: Sandbox, module: ModuleConfig) -> str:
 
 
 async def _prepare(sandbox: Sandbox, module: ReviewModule) -> None:
-    await sandbox.prepare(module.digest, module.entry_point, metered=module.limits.fuel is not None)
+    await sandbox.prepare(module.digest, module.entry_point, limits=module.limits)
 
 
 def _module(config: Config, section: str, module: ModuleConfig, pin: Pin) -> ReviewModule:

@@ -24,7 +24,7 @@ from pydantic import (
 )
 from pydantic.alias_generators import to_camel
 
-from bulkhead.sandbox import Limits, SandboxOptions, largest
+from bulkhead.sandbox import LAYER_NAMES, Limits, SandboxOptions, largest, parse_layers
 from bulkhead.service import rules
 from bulkhead.service.modulesource import (
     DIGEST,
@@ -305,11 +305,27 @@ class ServerConfig(_Model):
     wasmtime: OptionalPath = None
 
 
+def _read_layer(value: object) -> object:
+    if isinstance(value, str) and value not in LAYER_NAMES:
+        raise ValueError(f"expected one of {', '.join(LAYER_NAMES)}, got {cut(value, 40)!r}")
+    return value
+
+
+class IsolationConfig(_Model):
+    """The section `isolation`: the walls around a run."""
+
+    require: Many[Annotated[str, BeforeValidator(_read_layer)]] = ()
+    """Layers without which Bulkhead refuses to start; all that work are used anyway."""
+    zygotes: bool = True
+    """Fork runs from a wasmtime that has loaded the module; else each run starts wasmtime anew."""
+
+
 class Config(_Model):
     """A whole configuration."""
 
     server: ServerConfig = ServerConfig()
     limits: ServiceLimits = ServiceLimits()
+    isolation: IsolationConfig = IsolationConfig()
     authentication: AuthenticationConfig = AuthenticationConfig()
     authorization: AuthorizationConfig = AuthorizationConfig()
     admission: AdmissionConfig = AdmissionConfig()
@@ -337,7 +353,11 @@ class Config(_Model):
         each limit is the built-in one, or the largest in the file.
         """
         options = SandboxOptions(
-            state_dir=state_dir, wasmtime=self.server.wasmtime, limits=self.limits.over(Limits())
+            state_dir=state_dir,
+            wasmtime=self.server.wasmtime,
+            limits=self.limits.over(Limits()),
+            zygotes=self.isolation.zygotes,
+            require=parse_layers(self.isolation.require),
         )
         asked = [options.limits, *(self.limits_of(m) for _, modules in self.sections() for m in modules)]
         changes: dict[str, Any] = {"maximum_limits": largest([options.maximum_limits, *asked])}

@@ -8,22 +8,40 @@ import json
 import os
 import platform
 import resource
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from bulkhead.sandbox import Runtime, Sandbox, SandboxError, SandboxOptions
+from bulkhead.sandbox import Layer, Runtime, Sandbox, SandboxError, SandboxOptions, find_layers
 from bulkhead.service.cli import EXIT_FAILED
 from bulkhead.service.state import state_dir as find_state_dir
 
 _LEAST_OPEN_FILES = 4096  # a run in flight takes about ten, a connection one
 _libc = ctypes.CDLL(None, use_errno=True)
-_SYS_LANDLOCK_CREATE_RULESET, _LANDLOCK_VERSION = 444, 1
 _SYS_CLOSE_RANGE = 436
-_PR_GET_SECCOMP = 21
-_CLONE_NEWUSER = 0x10000000
+_LAYER_WORDS = {
+    Layer.LIMITS: "memory, CPU time, output, descriptors and core files are bounded by the kernel",
+    Layer.NO_NEW_PRIVS: "nothing that a run executes can raise its privileges",
+    Layer.NAMESPACES: "users, processes, network, IPC, host name and mounts of its own",
+    Layer.CAPABILITIES: "a run has none",
+    Layer.EMPTY_ROOT: "a run's root directory is empty",
+    Layer.LANDLOCK: "a run may open no file",
+    Layer.SECCOMP: "a system call that no run needs kills it",
+}
+_NAMESPACES_ADVICE = (
+    "allow user namespaces (user.max_user_namespaces, kernel.unprivileged_userns_clone, "
+    "kernel.apparmor_restrict_unprivileged_userns, the container's seccomp profile)"
+)
+_LAYER_ADVICE = {
+    Layer.LIMITS: "run Bulkhead where setrlimit is allowed",
+    Layer.NO_NEW_PRIVS: "Linux 3.5 or later",
+    Layer.NAMESPACES: _NAMESPACES_ADVICE,
+    Layer.CAPABILITIES: "run Bulkhead as a user without capabilities, and it has none to drop",
+    Layer.EMPTY_ROOT: _NAMESPACES_ADVICE,
+    Layer.LANDLOCK: "Linux 5.13 or later with landlock among its security modules (lsm=landlock,…)",
+    Layer.SECCOMP: "a kernel with CONFIG_SECCOMP_FILTER",
+}
 
 
 class State(StrEnum):
@@ -56,7 +74,7 @@ def doctor(as_json: bool, state_dir: Path | None, wasmtime: Path | None) -> int:
 
 
 async def _findings(state_dir: Path, wasmtime: Path | None) -> list[Finding]:
-    return [*await _sandbox(state_dir, wasmtime), *_machine()]
+    return [*await _sandbox(state_dir, wasmtime), *_isolation(), *_machine()]
 
 
 async def _sandbox(state_dir: Path, wasmtime: Path | None) -> list[Finding]:
@@ -75,30 +93,37 @@ async def _sandbox(state_dir: Path, wasmtime: Path | None) -> list[Finding]:
 
 
 def _runtime(runtime: Runtime) -> list[Finding]:
-    which = (
-        "wasmtime-min, started for each run" if runtime.minimal else "the full binary, started for each run"
-    )
+    which = "wasmtime-min" if runtime.minimal else "the full binary, which takes half as long again"
+    forked = "runs are forked from a wasmtime that has loaded their module; the probe passed"
     findings = [
         Finding("wasmtime", State.OK, f"{runtime.version}, from {runtime.source}: {runtime.compiler}"),
         Finding("runner", State.OK if runtime.minimal else State.DEGRADED, f"{which}: {runtime.runner}"),
         Finding("flags", State.OK, " ".join(runtime.flags)),
         Finding("spawner", State.OK, "starts processes, and the probe passed: answers, traps, memory limit"),
+        Finding("zygotes", State.DEGRADED, f"every run starts wasmtime anew: {runtime.zygote_obstacle}")
+        if runtime.zygote_obstacle
+        else Finding("zygotes", State.OK, forked),
     ]
     findings += [Finding("wasmtime", State.DEGRADED, warning) for warning in runtime.warnings]
     return findings
 
 
 def _machine() -> list[Finding]:
-    checks: tuple[Callable[[], Finding], ...] = (
-        _kernel,
-        _close_range,
-        _memfd,
-        _seccomp,
-        _landlock,
-        _namespaces,
-    )
+    checks: tuple[Callable[[], Finding], ...] = (_kernel, _close_range, _memfd)
     checks += (_cgroup, _user, _open_files, _cpus)
     return [check() for check in checks]
+
+
+def _isolation() -> list[Finding]:
+    """Each wall around a run, tried in a process of its own."""
+    return [
+        Finding(f"isolation: {each.name}", State.OK, _LAYER_WORDS[each.layer])
+        if each.works
+        else Finding(
+            f"isolation: {each.name}", State.DEGRADED, f"not here: {each.obstacle}", _LAYER_ADVICE[each.layer]
+        )
+        for each in find_layers()
+    ]
 
 
 def _kernel() -> Finding:
@@ -129,29 +154,6 @@ def _memfd() -> Finding:
     except OSError:
         return Finding("memfd", State.OK, "available, without the no-exec seal (Linux 6.3)")
     return Finding("memfd", State.OK, "available, with the no-exec seal")
-
-
-def _seccomp() -> Finding:
-    if _libc.prctl(_PR_GET_SECCOMP, 0, 0, 0, 0) >= 0:
-        return Finding("seccomp", State.OK, "available; this version does not use it yet")
-    return Finding("seccomp", State.DEGRADED, "not available; this version does not use it yet")
-
-
-def _landlock() -> Finding:
-    version = _libc.syscall(_SYS_LANDLOCK_CREATE_RULESET, None, 0, _LANDLOCK_VERSION)
-    if version > 0:
-        return Finding("landlock", State.OK, f"ABI {version}; this version does not use it yet")
-    return Finding("landlock", State.DEGRADED, "not available; this version does not use it yet")
-
-
-def _namespaces() -> Finding:
-    """Asks in a child: to enter a namespace cannot be undone."""
-    program = f"import ctypes, sys; sys.exit(ctypes.CDLL(None).unshare({_CLONE_NEWUSER}) != 0)"
-    import subprocess
-
-    if subprocess.run([sys.executable, "-c", program], capture_output=True).returncode == 0:
-        return Finding("user namespaces", State.OK, "available; this version does not use them yet")
-    return Finding("user namespaces", State.DEGRADED, "not allowed; this version does not use them yet")
 
 
 def _cgroup() -> Finding:

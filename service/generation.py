@@ -158,6 +158,7 @@ _FIXED: tuple[tuple[str, Callable[[Config], object]], ...] = (
     ("server.maxBodyBytes", lambda config: config.server.max_body_bytes),
     ("server.stateDir", lambda config: config.server.state_dir),
     ("server.wasmtime", lambda config: config.server.wasmtime),
+    ("isolation", lambda config: config.isolation),
     ("limits.maxConcurrentRuns", lambda config: config.limits.max_concurrent_runs),
     ("limits.maxQueuedRuns", lambda config: config.limits.max_queued_runs),
 )

@@ -39,7 +39,14 @@ from bulkhead.sandbox import (
 )
 from bulkhead.sandbox.module import digest_of
 from tests.support import hostile_guests
-from tests.support.sandboxes import Leftovers, Sandboxes, eventually, spawner_process, wheel_binaries
+from tests.support.sandboxes import (
+    Leftovers,
+    Sandboxes,
+    eventually,
+    runs_of,
+    spawner_process,
+    wheel_binaries,
+)
 from tests.support.wat import wat
 
 MIB = 1 << 20
@@ -526,7 +533,7 @@ class TestLimits:
     async def test_a_prepared_module_needs_no_compiler_when_it_runs(
         self, sandbox: Sandbox, workbench: str
     ) -> None:
-        await sandbox.prepare(workbench, "echo", metered=True)
+        await sandbox.prepare(workbench, "echo", limits=replace(LIMITS, fuel=10**9))
         before = artifacts(sandbox.options.state_dir)
         assert len(before) == 2
         for limits in (LIMITS, replace(LIMITS, fuel=1 << 40)):
@@ -584,7 +591,7 @@ class TestConcurrency:
         leftovers = await Leftovers.of(sandbox)
         run = asyncio.create_task(sandbox.run(workbench, "sleep", limits=LIMITS))
         spawner = await spawner_process(sandbox)
-        await eventually(lambda: spawner.children(), "the run started")
+        await eventually(lambda: runs_of(spawner), "the run started")
         run.cancel()
         with pytest.raises(asyncio.CancelledError):
             await run
@@ -598,7 +605,7 @@ class TestConcurrency:
             digest = (await sandbox.put(wat(WORKBENCH)))[0].digest
             spawner = await spawner_process(sandbox)
             run = asyncio.create_task(sandbox.run(digest, "sleep", limits=LIMITS))
-            await eventually(lambda: spawner.children(), "the run started")
+            await eventually(lambda: runs_of(spawner), "the run started")
             next_run = asyncio.create_task(sandbox.run(digest, "echo", stdin=b"x", limits=LIMITS))
             await eventually(lambda: sandbox.waiting_runs == 1, "the next one waits")
             spawner.suspend()  # so that it cannot kill and reap yet
@@ -682,8 +689,8 @@ class TestClosing:
             digest = (await sandbox.put(wat(WORKBENCH)))[0].digest
             spawner = await spawner_process(sandbox)
             runs = [asyncio.create_task(sandbox.run(digest, "sleep", limits=LIMITS)) for _ in range(5)]
-            await eventually(lambda: len(spawner.children()) == 2, "two run")
-            processes = [spawner, *spawner.children()]
+            await eventually(lambda: len(runs_of(spawner)) == 2, "two run")
+            processes = [spawner, *runs_of(spawner)]
             await sandbox.close(grace_seconds=grace_seconds)
             ends = await asyncio.gather(*runs, return_exceptions=True)
             assert [end.outcome for end in ends[:2] if isinstance(end, RunResult)] == [Outcome.CANCELLED] * 2
@@ -704,8 +711,8 @@ class TestFailingHost:
         spawner = await spawner_process(sandbox)
         descriptors = len(os.listdir("/proc/self/fd"))
         runs = [asyncio.create_task(sandbox.run(workbench, "sleep", limits=LIMITS)) for _ in range(5)]
-        await eventually(lambda: len(spawner.children()) == 5, "five run")
-        processes = spawner.children()
+        await eventually(lambda: len(runs_of(spawner)) == 5, "five run")
+        processes = runs_of(spawner)
         spawner.kill()
         ends = await asyncio.gather(*runs, return_exceptions=True)
         assert {type(end) for end in ends} == {SandboxError}
@@ -729,8 +736,8 @@ class TestFailingHost:
     async def test_a_run_killed_by_others_says_so(self, sandbox: Sandbox, workbench: str) -> None:
         spawner = await spawner_process(sandbox)
         run = asyncio.create_task(sandbox.run(workbench, "sleep", limits=LIMITS))
-        await eventually(lambda: spawner.children(), "the run started")
-        spawner.children()[0].kill()
+        await eventually(lambda: runs_of(spawner), "the run started")
+        runs_of(spawner)[0].kill()
         assert (await run).outcome is Outcome.KILLED
 
     async def test_a_run_stopped_by_others_ends_at_its_wall_time(
@@ -739,18 +746,19 @@ class TestFailingHost:
         spawner = await spawner_process(sandbox)
         limits = replace(LIMITS, wall_seconds=0.5)
         run = asyncio.create_task(sandbox.run(workbench, "spin", limits=limits))
-        await eventually(lambda: spawner.children(), "the run started")
-        spawner.children()[0].suspend()
+        await eventually(lambda: runs_of(spawner), "the run started")
+        runs_of(spawner)[0].suspend()
         assert (await run).outcome is Outcome.TIMEOUT
 
     async def test_without_descriptors_runs_are_refused_and_later_work(
         self, sandbox: Sandbox, workbench: str
     ) -> None:
         leftovers = await Leftovers.of(sandbox)
+        long = bytes(100_000)  # which needs one: short input goes with the request
         with descriptors_used_up():
             for _ in range(10):
                 with pytest.raises(Overloaded):
-                    await sandbox.run(workbench, "echo", stdin=b"x", limits=LIMITS)
+                    await sandbox.run(workbench, "echo", stdin=long, limits=LIMITS)
         assert (await sandbox.run(workbench, "echo", stdin=b"x", limits=LIMITS)).stdout == b"x"
         await leftovers.none()
 

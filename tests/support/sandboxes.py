@@ -75,8 +75,30 @@ async def spawner_process(sandbox: Sandbox) -> psutil.Process:
     return psutil.Process((await sandbox._spawners.living()).pid)
 
 
+def _is_zygote(process: psutil.Process) -> bool:
+    """Whether a child of a spawner is one that forks runs, rather than a run."""
+    try:
+        return "BULKHEAD_ZYGOTE_FD" in process.environ()
+    except (psutil.AccessDenied, psutil.NoSuchProcess, psutil.ZombieProcess):
+        return False
+
+
+def zygotes_of(spawner: psutil.Process) -> list[psutil.Process]:
+    """The zygotes that a spawner has."""
+    return [child for child in spawner.children() if _is_zygote(child)]
+
+
+def runs_of(spawner: psutil.Process) -> list[psutil.Process]:
+    """The processes of a spawner's runs, executed and forked."""
+    zygotes = zygotes_of(spawner)
+    return [child for child in spawner.children(recursive=True) if child not in zygotes]
+
+
 class Leftovers:
-    """What a sandbox holds between runs: it must hold the same after any run."""
+    """What a sandbox holds between runs: it must hold the same after any run.
+
+    Programs and zygotes that it keeps for later runs do not count; what they forked does.
+    """
 
     def __init__(self, sandbox: Sandbox, spawner: psutil.Process) -> None:
         self._sandbox = sandbox
@@ -93,12 +115,16 @@ class Leftovers:
             theirs = self._spawner.num_fds()
         except psutil.AccessDenied:  # it is not dumpable: only root may look
             theirs = 0
+        else:
+            # The artifact of each program; the pidfd and the socket of each zygote.
+            zygotes = len(zygotes_of(self._spawner))
+            theirs -= len(self._sandbox._launcher._known) + 2 * zygotes
         return len(os.listdir("/proc/self/fd")), theirs
 
     def _all_gone(self) -> bool:
         return (
             self._sandbox.active_runs == 0
-            and not self._spawner.children(recursive=True)
+            and not runs_of(self._spawner)
             and all(now <= before for now, before in zip(self._descriptors(), self._before, strict=True))
         )
 
@@ -107,8 +133,7 @@ class Leftovers:
         try:
             await eventually(self._all_gone, "all is gone")
         except TimeoutError:
-            children = self._spawner.children(recursive=True)
             raise AssertionError(
-                f"left behind: {self._sandbox.active_runs} runs, {children}, "
+                f"left behind: {self._sandbox.active_runs} runs, {runs_of(self._spawner)}, "
                 f"descriptors {self._descriptors()}, before {self._before}"
             ) from None
