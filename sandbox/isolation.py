@@ -31,7 +31,6 @@ class Layer(IntFlag):
 
 
 NO_LAYERS = Layer(0)
-ALL_LAYERS = Layer(sum(Layer))
 NAMES = {layer.name.lower().replace("_", "-"): layer for layer in Layer if layer.name}
 """As configuration and people write them."""
 _PROBE_SECONDS = 20.0

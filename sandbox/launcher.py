@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from bulkhead.sandbox.compiled import CompiledModule
 from bulkhead.sandbox.errors import Overloaded, SandboxError
-from bulkhead.sandbox.isolation import ALL_LAYERS, NO_LAYERS, Layer, names_of
+from bulkhead.sandbox.isolation import NO_LAYERS, Layer, names_of
 from bulkhead.sandbox.launch import Exit, Job, Run
 from bulkhead.sandbox.limits import Limits
 from bulkhead.sandbox.memfile import create_memfile, write_memfile
@@ -20,6 +20,7 @@ from bulkhead.sandbox.spawner import SHORTAGES, Spawner, SpawnerKeeper
 from bulkhead.sandbox.spawner_protocol import (
     KEY_BYTES,
     MOST_INLINE_STDIN_BYTES,
+    NO_FLAGS,
     Bounds,
     ProcessEnd,
     Program,
@@ -237,7 +238,7 @@ class Launcher:
     def _add(self, spawner: Spawner, kind: _Kind, *, zygote: bool = False) -> _Known:
         kept = kind in self._kept
         argv = _command(self.runtime, kind, self.most_stdin_bytes)
-        flags = ProgramFlags.IS_WASMTIME
+        flags = ProgramFlags.IS_WASMTIME if self.runtime.preloads else NO_FLAGS
         if self.zygotes and (kept or zygote):
             flags |= ProgramFlags.HAS_ZYGOTE
         marks = [self.runtime.identity, kind.module.digest, str(kind.module.metered), str(int(flags)), *argv]
@@ -246,7 +247,7 @@ class Launcher:
             argv=argv,
             environment=_ENVIRONMENT,
             flags=flags,
-            layers=ALL_LAYERS,
+            layers=self.runtime.layers,
             idle_seconds=_KEPT_IDLE_SECONDS if kept else _CASUAL_IDLE_SECONDS,
         )
         spawner.register(program, (kind.module.artifact_fd,))

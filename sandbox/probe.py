@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from bulkhead.sandbox.errors import SandboxError
+from bulkhead.sandbox.isolation import NO_LAYERS, Layer
 from bulkhead.sandbox.limits import Limits
 from bulkhead.sandbox.memfile import create_memfile
 from bulkhead.sandbox.outcome import Way
@@ -22,6 +23,7 @@ from bulkhead.sandbox.spawner_protocol import (
     ProcessEnd,
     Program,
     ProgramFlags,
+    StartFailed,
     ZygoteReport,
     ZygoteState,
 )
@@ -74,6 +76,16 @@ _BOUNDS = Bounds(
 )
 _LITTLE_CPU_SECONDS = 0.02
 
+# What is done without, in turn, where an honest run does not survive.
+_SACRIFICES = (
+    NO_LAYERS,
+    Layer.SECCOMP,
+    Layer.SECCOMP | Layer.LANDLOCK,
+    Layer.SECCOMP | Layer.LANDLOCK | Layer.EMPTY_ROOT | Layer.NAMESPACES,
+)
+_WITHOUT_LIBRARY = Layer.LIMITS | Layer.NO_NEW_PRIVS
+_ANNOUNCEMENT = b"bulkhead: confined"  # native/zygote_protocol.h
+
 LimitFlags = Callable[..., tuple[str, ...]]
 
 
@@ -121,8 +133,51 @@ async def _compile(spawner: Spawner, compiler: Path, flags: Sequence[str]) -> in
     return artifact
 
 
-async def probe_zygote(
+async def probe_isolation(
     spawner: Spawner, compiler: Path, runner: Path, flags: Sequence[str], limit_flags: LimitFlags
+) -> tuple[Layer, bool, str]:
+    """Runs within as many layers as honest runs can bear: all that work on this machine, it is hoped.
+
+    Returns the layers, whether the preloaded library works with this runner (it sets up most of them),
+    and why there are not more. Raises ProbeFailed when the module cannot be compiled.
+    """
+    artifact = await _compile(spawner, compiler, flags)
+    complaint = ""
+    try:
+        for without in _SACRIFICES:
+            layers = Layer(spawner.layers) & ~without
+            argv = [str(runner), "run", *flags, *limit_flags(_LIMITS, stdin_bytes=0), "--allow-precompiled"]
+            program = Program(
+                key=secrets.token_bytes(KEY_BYTES),
+                argv=(*argv, "--invoke", "echo", "/proc/self/fd/3"),
+                environment=("TOKIO_WORKER_THREADS=1", "BULKHEAD_ANNOUNCE=1"),
+                flags=ProgramFlags.IS_WASMTIME,
+                layers=layers,
+            )
+            spawner.register(program, (artifact,))
+            spawner_end = spawner.run(program.key, _BOUNDS, stdin=_INPUT)[0]
+            spawner.forget(program.key)
+            try:
+                end = await spawner_end
+            except StartFailed as error:
+                complaint = complaint or str(error)
+                continue
+            if (end.wait_status, end.stdout) == (0, _INPUT) and _ANNOUNCEMENT in end.stderr:
+                return layers, True, complaint
+            words = " ".join(end.stderr.decode(errors="replace").split())[:200]
+            complaint = complaint or f"a run within them ended with status {end.wait_status:#x}: {words}"
+    finally:
+        os.close(artifact)
+    return Layer(spawner.layers) & _WITHOUT_LIBRARY, False, complaint
+
+
+async def probe_zygote(
+    spawner: Spawner,
+    compiler: Path,
+    runner: Path,
+    flags: Sequence[str],
+    limit_flags: LimitFlags,
+    layers: Layer,
 ) -> None:
     """Runs from zygotes: output is right, no two runs draw the same random bytes, limits bite.
 
@@ -138,7 +193,7 @@ async def probe_zygote(
                 argv=(*argv, "--invoke", entry_point, "/proc/self/fd/3"),
                 environment=("TOKIO_WORKER_THREADS=1",),
                 flags=ProgramFlags.IS_WASMTIME | ProgramFlags.HAS_ZYGOTE,
-                layers=spawner.layers,
+                layers=layers,
             )
             known.append(program.key)
             await _start_zygote(spawner, program, artifact)

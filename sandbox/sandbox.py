@@ -146,8 +146,8 @@ class Sandbox:
         spawners = SpawnerKeeper(options.spawner)
         try:
             spawner = await spawners.living()
-            require_layers(options.require, spawner.layers)
             runtime = await find_runtime(spawner, options.state_dir, options.wasmtime)
+            require_layers(options.require, runtime.layers)
         except BaseException:
             await spawners.close()
             raise

@@ -10,6 +10,9 @@ from bulkhead.sandbox.limits import format_quantity
 from bulkhead.sandbox.outcome import Outcome, RunResult
 from bulkhead.sandbox.probe import TRAP_EXIT_CODE
 
+# Of native/zygote.c, where a run could not be confined. No guest's: wasmtime makes 1 of what it asks
+# for above 125.
+NOT_CONFINED_EXIT_CODE = 127
 _CPU_SIGNALS = frozenset({signal.SIGPROF, signal.SIGXCPU})
 _CRASH_SIGNALS = frozenset(
     {signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGABRT, signal.SIGFPE, signal.SIGTRAP}
@@ -46,6 +49,8 @@ def _outcome(job: Job, end: Exit) -> Outcome:
     code = os.WEXITSTATUS(end.wait_status)
     if code == 0:
         return Outcome.OK
+    if code == NOT_CONFINED_EXIT_CODE:
+        return Outcome.START_FAILED
     if code != TRAP_EXIT_CODE:
         return Outcome.EXIT_NONZERO
     return Outcome.MEMORY_LIMIT if _memory_exhausted(job, end) else Outcome.TRAP

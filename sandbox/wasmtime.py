@@ -14,9 +14,10 @@ from pathlib import Path
 
 from bulkhead.sandbox.errors import SandboxError
 from bulkhead.sandbox.files import make_private_directory, write_atomically
+from bulkhead.sandbox.isolation import NO_LAYERS, Layer, names_of
 from bulkhead.sandbox.limits import Limits
 from bulkhead.sandbox.module import MAX_RUNNABLE_TABLES
-from bulkhead.sandbox.probe import ProbeFailed, probe, probe_zygote
+from bulkhead.sandbox.probe import ProbeFailed, probe, probe_isolation, probe_zygote
 from bulkhead.sandbox.spawner import LIBRARY, PROGRAM, Spawner
 from bulkhead.sandbox.tool import run_tool
 
@@ -67,7 +68,7 @@ _MEMORIES = 1
 # The runtime's own default; a module's stack has to fit into it.
 _ASYNC_STACK_BYTES = 2 << 20
 _ASYNC_STACK_SPARE_BYTES = 1 << 20
-_RECORD_FORMAT = 4
+_RECORD_FORMAT = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +91,10 @@ class Runtime:
     """The names of all -W and -S options that it knows."""
     resident_bytes: int
     """Peak memory of a run of next to nothing: the runner's own share of any other."""
+    layers: Layer
+    """Of isolation that its runs get here."""
+    preloads: bool
+    """Whether the library that confines a run once it is loaded works with it."""
     zygote_obstacle: str
     """Why runs cannot be forked from a wasmtime that has loaded the module; empty: they can."""
     warnings: tuple[str, ...]
@@ -252,6 +257,8 @@ async def _probe(spawner: Spawner, candidate: _Candidate, compiler: Path, runner
         flags=flags,
         options=frozenset(options),
         resident_bytes=0,
+        layers=NO_LAYERS,
+        preloads=False,
         zygote_obstacle="",
         warnings=(),
     )
@@ -260,21 +267,31 @@ async def _probe(spawner: Spawner, candidate: _Candidate, compiler: Path, runner
         warnings.append(
             f"wasmtime-min cannot load what wasmtime compiles, so runs take twice the time: {complaint}"
         )
-    found = replace(found, zygote_obstacle=await _zygote_obstacle(spawner, found))
-    if found.zygote_obstacle:
-        warnings.append(
-            f"every run starts wasmtime anew, which takes twice the time: {found.zygote_obstacle}; "
-            "install a version of wasmtime that docs/installation.md names"
-        )
+    found = await _isolated(spawner, found, warnings)
     return replace(found, warnings=tuple(warnings))
 
 
-async def _zygote_obstacle(spawner: Spawner, runtime: Runtime) -> str:
-    try:
-        await probe_zygote(spawner, runtime.compiler, runtime.runner, runtime.flags, runtime.limit_flags)
-    except ProbeFailed as error:
-        return str(error)
-    return ""
+async def _isolated(spawner: Spawner, runtime: Runtime, warnings: list[str]) -> Runtime:
+    """Finds out how well its runs can be isolated, and whether they can be forked."""
+    program = (spawner, runtime.compiler, runtime.runner, runtime.flags, runtime.limit_flags)
+    layers, preloads, complaint = await probe_isolation(*program)
+    if missing := names_of(spawner.layers & ~layers):
+        warnings.append(f"runs are not isolated by {', '.join(missing)}: {complaint}")
+    runtime = replace(runtime, layers=layers, preloads=preloads)
+    obstacle = ""
+    if not preloads:
+        obstacle = f"the library that makes zygotes does not work with it: {complaint}"
+    else:
+        try:
+            await probe_zygote(*program, layers)
+        except ProbeFailed as error:
+            obstacle = str(error)
+    if obstacle:
+        warnings.append(
+            f"every run starts wasmtime anew, which takes three times as long: {obstacle}; "
+            "install a version of wasmtime that docs/installation.md names"
+        )
+    return replace(runtime, zygote_obstacle=obstacle)
 
 
 async def _first_that_works(spawner: Spawner, runtime: Runtime, runner: Path | None) -> tuple[Runtime, str]:
@@ -339,6 +356,7 @@ def _remember(record: Path, marks: str, runtime: Runtime) -> None:
         "compiler": str(runtime.compiler),
         "runner": str(runtime.runner),
         "options": sorted(runtime.options),
+        "layers": int(runtime.layers),
     }
     # If it cannot be kept, the next start probes again: nothing else is lost.
     try:
@@ -362,6 +380,8 @@ def _recall(record: Path, marks: str) -> Runtime | None:
             flags=tuple(fields["flags"]),
             options=frozenset(fields["options"]),
             resident_bytes=int(fields["resident_bytes"]),
+            layers=Layer(fields["layers"]),
+            preloads=bool(fields["preloads"]),
             zygote_obstacle=fields["zygote_obstacle"],
             warnings=tuple(fields["warnings"]),
         )

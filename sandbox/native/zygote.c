@@ -597,6 +597,7 @@ static void confine_self(void) {
   self.main_thread = pthread_self();
   if ((step = sort_fds()) != NULL) child_fails(step, errno);
   if (confine_exec_run(self.layers, &step) < 0) child_fails(step, errno);
+  if (getenv(ZYGOTE_ANNOUNCE_VARIABLE) != NULL) dprintf(STDERR_FILENO, "%s\n", ZYGOTE_ANNOUNCEMENT);
   start_threads();
 }
 

@@ -35,8 +35,11 @@
 #define ZYGOTE_MAX_RUNS 256
 
 /* How the library is told what it is: in the environment of wasmtime, which no guest sees. */
-#define ZYGOTE_FD_VARIABLE "BULKHEAD_ZYGOTE_FD"   /* the control socket; unset: one run, no fork */
+#define ZYGOTE_FD_VARIABLE "BULKHEAD_ZYGOTE_FD"     /* the control socket; unset: one run, no fork */
 #define ZYGOTE_LAYERS_VARIABLE "BULKHEAD_ISOLATION" /* the layers to set up, enum confine_layer */
+/* Set, by the probe: a run that is not forked says on standard error when it is confined. */
+#define ZYGOTE_ANNOUNCE_VARIABLE "BULKHEAD_ANNOUNCE"
+#define ZYGOTE_ANNOUNCEMENT "bulkhead: confined"
 
 enum zygote_message_type {
   ZYGOTE_READY = 1,
