@@ -1,100 +1,117 @@
-"""`./dev bench`: what a run costs, and what the front ends add. Prints tables and ratios."""
+"""`./dev bench`: what a run costs, what the service adds, what it all takes. Prints tables and ratios."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
-from importlib.resources import files
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
-from benchmarks import launching, serving
-from benchmarks.samples import Samples
+from benchmarks import launching, memory, reviews, tables
+from benchmarks.load import Generator
+from benchmarks.products import Missing, go_programs
+from benchmarks.subjects import Subject, subjects
 
-_ROOT = Path(__file__).resolve().parent.parent
-_REVIEWS = _ROOT / "tests" / "data" / "reviews"
-
-
-def _recorded(name: str) -> bytes:
-    """The body of a request that a real kube-apiserver sent."""
-    document = json.loads((_REVIEWS / f"{name}.json").read_bytes())
-    return json.dumps(document["body"], separators=(",", ":")).encode()
+_PARTS = ("runs", "reviews", "memory")
 
 
-def _launching_table(results: list[Samples]) -> Table:
-    floor = results[-2]
-    table = Table(title="One run of one module", title_justify="left")
-    for heading in ("how", "runs", "p50 ms", "p99 ms", "CPU ms", "CPU, times the floor"):
-        table.add_column(heading, justify="left" if heading == "how" else "right")
-    for each in results:
-        table.add_row(
-            each.name,
-            str(len(each.wall_seconds)),
-            f"{each.percentile_ms(0.5):.2f}",
-            f"{each.percentile_ms(0.99):.2f}",
-            f"{each.cpu_ms:.2f}",
-            f"{each.cpu_ms / floor.cpu_ms:.2f}",
+@dataclass(frozen=True, slots=True)
+class _Effort:
+    """How much is measured."""
+
+    rounds: int
+    runs: int
+    """In a round, of each way of running."""
+    seconds: float
+    """In a round, of each server and number of callers."""
+    callers: tuple[int, ...]
+    modules: tuple[int, ...]
+    in_flight: tuple[int, ...]
+
+
+_THOROUGH = _Effort(4, 200, 1.0, (1, 8, 32, 128), (0, 10, 50), (1, 4, 8))
+_QUICK = _Effort(2, 40, 0.5, (1, 32), (0, 10), (4,))
+
+
+@dataclass(slots=True)
+class _Bench:
+    effort: _Effort
+    console: Console
+    skipped: list[str] = field(default_factory=list)
+
+    def run(self, parts: tuple[str, ...]) -> None:
+        found = subjects(self.skipped)
+        programs = self._programs() if parts != ("runs",) else None
+        self.console.print(
+            f"{platform.machine()}, Linux {platform.release()}, {len(os.sched_getaffinity(0))} CPUs allowed;"
+            f" {os.getloadavg()[0]:.1f} processes ran in the last minute"
         )
-    return table
+        for subject in found:
+            self.console.print(str(subject))
+        for subject in found if "runs" in parts else ():
+            self._runs(subject)
+        for subject in found if "reviews" in parts else ():
+            self._reviews(subject, programs, front_ends=subject is found[0])
+        if "memory" in parts:
+            self._memory(found, Generator.of(programs))
+        for reason in self.skipped:
+            self.console.print(f"Skipped: {reason}")
 
+    def _programs(self) -> Path | None:
+        try:
+            return go_programs()
+        except Missing as missing:
+            self.skipped.append(f"wazero, and callers that take little CPU: {missing}")
+            return None
 
-def _serving_table(loads: list[serving.Load]) -> Table:
-    table = Table(title="Reviews through the front ends; CPU in ms for each review", title_justify="left")
-    for heading in (
-        "front end",
-        "review",
-        "callers",
-        "reviews/s",
-        "p50 ms",
-        "p99 ms",
-        "runs",
-        "spawner",
-        "worker",
-    ):
-        table.add_column(heading, justify="left" if heading in ("front end", "review") else "right")
-    for load in loads:
-        table.add_row(
-            load.kind,
-            load.review,
-            str(load.callers),
-            f"{load.samples.per_second:.0f}",
-            f"{load.samples.percentile_ms(0.5):.2f}",
-            f"{load.samples.percentile_ms(0.99):.2f}",
-            *(f"{load.cpu_ms[who]:.2f}" for who in ("runs", "spawners", "workers")),
+    def _runs(self, subject: Subject) -> None:
+        try:
+            effort = self.effort
+            results = launching.run(subject, rounds=effort.rounds, count=effort.runs, skipped=self.skipped)
+        except Missing as missing:
+            self.skipped.append(f"runs of {subject.name}: {missing}")
+            return
+        self.console.print(tables.runs_table(f"One run of {subject.name}", results))
+
+    def _reviews(self, subject: Subject, programs: Path | None, *, front_ends: bool) -> None:
+        effort = self.effort
+        loads = reviews.run(
+            subject,
+            programs,
+            rounds=effort.rounds,
+            seconds=effort.seconds,
+            callers=effort.callers,
+            front_ends=front_ends,
         )
-    return table
+        self.console.print(tables.reviews_table(f"Reviews, answered by {subject.name}", loads))
+        compared = tables.comparison_table(f"{reviews.COMPARED}, {subject.name}", loads)
+        if compared is not None:
+            self.console.print(compared)
+
+    def _memory(self, found: list[Subject], generator: Generator) -> None:
+        subject = next((each for each in found if each.sleeps), found[0])
+        try:
+            modules = memory.by_modules(subject, self.effort.modules, generator)
+            self.console.print(tables.memory_table(f"Memory, by copies of {subject.name}", "module", modules))
+            if not subject.sleeps:
+                self.skipped.append(f"memory of runs in flight: {subject.name} cannot sleep")
+                return
+            runs = memory.in_flight(subject, self.effort.in_flight, generator)
+            self.console.print(tables.memory_table(f"Memory, by runs of {subject.name}", "run", runs))
+        except PermissionError as error:
+            self.skipped.append(f"memory: {error}; only root may look at confined processes")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="./dev bench", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer runs: a look, not a measurement")
-    parser.add_argument("--only", choices=("runs", "reviews"), help="one of the two tables")
+    parser.add_argument("--only", choices=_PARTS, help="one of the parts")
     arguments = parser.parse_args()
-    rounds, count, seconds = (2, 50, 2.0) if arguments.quick else (5, 200, 10.0)
-    console = Console(width=120)
-    console.print(
-        f"{platform.machine()}, Linux {platform.release()}, {len(os.sched_getaffinity(0))} CPUs allowed"
-    )
-    module = Path(str(files("bulkhead.service.demo") / "magic-validate.wasm"))
-    # The demo's rules ask the module about ConfigMaps, and nobody about Pods.
-    bodies = {
-        "asks one module": _recorded("admission-validate-create-configmaps"),
-        "asks none": _recorded("admission-validate-create-pods"),
-    }
-    request = b'{"request":' + bodies["asks one module"] + b"}"
-    console.print(f"module {module.name}, {module.stat().st_size} bytes; input of {len(request)} bytes\n")
-    if arguments.only != "reviews":
-        with console.status("starting processes"):
-            launched = launching.run(module, "validate", request, rounds=rounds, count=count)
-        console.print(_launching_table(launched))
-    if arguments.only != "runs":
-        with console.status("asking reviews"):
-            served = serving.run(bodies, callers=(1, 8, 32), seconds=seconds)
-        console.print(_serving_table(served))
+    bench = _Bench(_QUICK if arguments.quick else _THOROUGH, Console(width=120))
+    bench.run((arguments.only,) if arguments.only else _PARTS)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from bulkhead.sandbox.limits import Limits, format_quantity, largest, parse_dura
 from bulkhead.sandbox.module import Abi, ModuleInfo, check_runnable, describe, digest_of, parse_digest
 from bulkhead.sandbox.outcome import Outcome, RunResult, Usage, Way
 from bulkhead.sandbox.sandbox import Sandbox, SandboxOptions
+from bulkhead.sandbox.shared_spawner import SpawnerHost
 from bulkhead.sandbox.spawner_protocol import ZygoteState
 from bulkhead.sandbox.store import ModuleStore, StoreFull
 from bulkhead.sandbox.wasmtime import Runtime
@@ -43,6 +44,7 @@ __all__ = [
     "Sandbox",
     "SandboxError",
     "SandboxOptions",
+    "SpawnerHost",
     "StoreFull",
     "UnknownModule",
     "Usage",

@@ -30,6 +30,7 @@ from bulkhead.sandbox.launcher import Launcher, ZygoteNews
 from bulkhead.sandbox.limits import Limits, largest
 from bulkhead.sandbox.module import ModuleInfo, check_fits, check_runnable, describe, digest_of
 from bulkhead.sandbox.outcome import Outcome, RunResult, Usage
+from bulkhead.sandbox.shared_spawner import SharedSpawners
 from bulkhead.sandbox.slots import Slots
 from bulkhead.sandbox.spawner import SHORTAGES, SpawnerKeeper
 from bulkhead.sandbox.spawner_protocol import StartFailed
@@ -90,8 +91,8 @@ class SandboxOptions:
     """Fork runs from a wasmtime that has loaded the module, where that works; else execute it for each."""
     require: Layer = NO_LAYERS
     """Layers of isolation without which nothing is run."""
-    spawner: socket.socket | None = None
-    """A connection to a spawner that others use, too; without one, the sandbox starts its own."""
+    spawner_host: socket.socket | None = None
+    """What a SpawnerHost offered; without one, the sandbox starts a spawner of its own."""
 
 
 @dataclass(slots=True)
@@ -143,7 +144,7 @@ class Sandbox:
         make_private_directory(options.state_dir)
         store = ModuleStore(options.state_dir / "modules", max_total_bytes=options.max_store_bytes)
         cache = CompileCache(options.state_dir / "cache", options.state_dir / "cache.secret")
-        spawners = SpawnerKeeper(options.spawner)
+        spawners = SharedSpawners(options.spawner_host) if options.spawner_host else SpawnerKeeper()
         try:
             spawner = await spawners.living()
             runtime = await find_runtime(spawner, options.state_dir, options.wasmtime)

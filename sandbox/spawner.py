@@ -195,6 +195,21 @@ class Spawner:
         finally:
             kill()
 
+    def connect(self) -> socket.socket:
+        """Makes one more client of the process, which shares its zygotes, and returns its socket.
+
+        Only of a spawner that was started here. Raises SandboxError.
+        """
+        self._require_alive()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            try:
+                socket.send_fds(self._control, [encode_plain(MessageType.CLIENT)], [theirs.fileno()])
+            except OSError as error:
+                ours.close()
+                raise SandboxError(f"the spawner takes no more clients: {error.strerror}") from error
+        return ours
+
     async def close(self) -> None:
         """Kills all runs and ends the process."""
         self._die("the sandbox was closed")
@@ -333,9 +348,7 @@ class Spawner:
 class SpawnerKeeper:
     """Keeps one spawner alive: starts another when it is needed and the last one died."""
 
-    def __init__(self, shared: socket.socket | None = None) -> None:
-        self._shared = shared
-        """Of a spawner that somebody else has started; used first."""
+    def __init__(self) -> None:
         self._spawner: Spawner | None = None
         self._starting = asyncio.Lock()
         self._closed = False
@@ -352,10 +365,7 @@ class SpawnerKeeper:
             return self._spawner
 
     async def _start(self) -> Spawner:
-        shared, self._shared = self._shared, None
-        if shared is not None:
-            with contextlib.suppress(SandboxError):  # it has died meanwhile
-                return await Spawner.attach(shared)
+        """Raises SandboxError."""
         return await Spawner.start()
 
     async def close(self) -> None:
@@ -363,8 +373,6 @@ class SpawnerKeeper:
         async with self._starting:  # one that is about to start is not to be forgotten
             if self._spawner is not None:
                 await self._spawner.close()
-            if self._shared is not None:
-                self._shared.close()
 
 
 def _spawn(program: Path, control_fd: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,7 +68,9 @@ async def _modules(config: Config, state_dir: Path, wasmtime: Path | None) -> li
         await read_certificates(config, generated)
     except ConfigError as error:
         problems += error.problems
-    async with await Sandbox.open(sandbox_options(config, state_dir, wasmtime)) as sandbox:
+    # Each module is run once: a zygote would not be worth its start.
+    options = replace(sandbox_options(config, state_dir, wasmtime), zygotes=False)
+    async with await Sandbox.open(options) as sandbox:
         try:
             chains = await find_chains(config, sandbox)
         except ConfigError as error:

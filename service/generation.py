@@ -69,7 +69,8 @@ class Generations:
         """
         https_tls, grpc_tls = await self._certificates(config)
         chosen = sandbox_options(config, self._options.state_dir, self._options.wasmtime)
-        async with await Sandbox.open(chosen) as sandbox:
+        # Each module is run once here, if that: a zygote would not be worth its start.
+        async with await Sandbox.open(replace(chosen, zygotes=False)) as sandbox:
             chains = await find_chains(config, sandbox, tolerate=tolerate)
             runtime = sandbox.runtime
         generation = Generation(

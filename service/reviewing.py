@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +133,9 @@ def _require_size(reviews: Sequence[SavedReview], config: Config) -> None:
 async def _explain(
     config: Config, state_dir: Path, wasmtime: Path | None, reviews: Sequence[SavedReview], choice: Choice
 ) -> _Explained:
-    async with await Sandbox.open(sandbox_options(config, state_dir, wasmtime)) as sandbox:
+    # Each module is run once: a zygote would not be worth its start.
+    options = replace(sandbox_options(config, state_dir, wasmtime), zygotes=False)
+    async with await Sandbox.open(options) as sandbox:
         reviewer = await Reviewer.open(config, sandbox)
         stages = [_stages(reviewer, each, choice) for each in reviews]  # all mistakes before any run
         return [

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import structlog
 
-from bulkhead.sandbox import Runtime, SandboxError
+from bulkhead.sandbox import Runtime, SandboxError, SpawnerHost
 from bulkhead.service.chains import Key
 from bulkhead.service.config import Address, Config, ConfigError
 from bulkhead.service.generation import (
@@ -86,6 +86,7 @@ class Supervisor:
         self._options = options
         self._generations = Generations(options)
         self._workers: list[WorkerProcess] = []
+        self._spawner = SpawnerHost()
         self._listener: socket.socket | None = None
         self._serving: Serving | None = None
         self._switching = asyncio.Lock()
@@ -114,8 +115,10 @@ class Supervisor:
         for warning in runtime.warnings:
             _log.warning("wasmtime", warning=warning)
         self._workers = [
-            WorkerProcess(self._settings("https", options.https.host, self._listener.getsockname()[1])),
-            WorkerProcess(self._settings("grpc", options.grpc.host, options.grpc.port)),
+            WorkerProcess(
+                self._settings("https", options.https.host, self._listener.getsockname()[1]), self._spawner
+            ),
+            WorkerProcess(self._settings("grpc", options.grpc.host, options.grpc.port), self._spawner),
         ]
         https_port, grpc_port = await asyncio.gather(*(each.start(generation) for each in self._workers))
         self._serving = Serving(
@@ -208,6 +211,7 @@ class Supervisor:
         for worker in self._workers:
             worker.kill()
         await self._wait_ended()
+        await self._spawner.close()
         if self._listener is not None:
             self._listener.close()
 

@@ -17,14 +17,22 @@ import signal
 import socket
 import sys
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import structlog
 import uvloop
 
-from bulkhead.sandbox import Sandbox, SandboxError, UnknownModule
+from bulkhead.sandbox import (
+    Sandbox,
+    SandboxError,
+    SandboxOptions,
+    UnknownModule,
+    ZygoteNews,
+    ZygoteState,
+    names_of,
+)
 from bulkhead.service.chains import Chains, open_chains
 from bulkhead.service.configured import sandbox_options
 from bulkhead.service.control import Channel, Commit, Done, Failed, Message, Prepare, Ready
@@ -56,6 +64,8 @@ class WorkerSettings:
     control_fd: int
     host: str
     port: int
+    spawner_fd: int = -1
+    """To get connections to the spawner that all workers share."""
     listener_fd: int = -1
     """The HTTPS worker's; the gRPC worker listens by itself."""
 
@@ -96,13 +106,8 @@ async def _run(settings: WorkerSettings) -> int:
     generation = await channel.receive()
     assert isinstance(generation, Generation)
     try:
-        sandbox = await Sandbox.open(
-            sandbox_options(
-                generation.config,
-                Path(settings.state_dir),
-                Path(settings.wasmtime) if settings.wasmtime else None,
-            )
-        )
+        sandbox = await Sandbox.open(_sandbox_options(settings, generation))
+        sandbox.on_zygote = _log_zygote
     except (SandboxError, OSError) as error:
         await channel.send(Failed(str(error)))  # the supervisor says it, once
         return 1
@@ -119,6 +124,28 @@ async def _run(settings: WorkerSettings) -> int:
     await worker.stop()
     obeying.cancel()
     return 0
+
+
+def _sandbox_options(settings: WorkerSettings, generation: Generation) -> SandboxOptions:
+    wasmtime = Path(settings.wasmtime) if settings.wasmtime else None
+    options = sandbox_options(generation.config, Path(settings.state_dir), wasmtime)
+    return replace(options, spawner_host=socket.socket(fileno=settings.spawner_fd))
+
+
+def _log_zygote(news: ZygoteNews) -> None:
+    """Says when runs are not forked as they should be, and when they are again."""
+    facts = {"digest": news.digest, "entry_point": news.entry_point}
+    match news.state:
+        case ZygoteState.READY:
+            _log.debug("zygote_ready", **facts, isolation=names_of(news.layers))
+        case ZygoteState.DIED:
+            _log.warning("zygote_died", **facts, reason=news.reason, then="another one is started")
+        case ZygoteState.SHUNNED:
+            _log.error(
+                "zygote_shunned", **facts, reason=news.reason, then="runs start wasmtime anew, for a while"
+            )
+        case ZygoteState.UNFIT:
+            _log.error("zygote_unfit", **facts, reason=news.reason, then="runs start wasmtime anew")
 
 
 class _Worker:

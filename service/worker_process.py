@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+from bulkhead.sandbox import SpawnerHost
 from bulkhead.service.control import Channel, Commit, Done, Failed, Message, Prepare, Ready
 from bulkhead.service.generation import Generation
 from bulkhead.service.worker import WorkerSettings
@@ -25,9 +26,10 @@ class WorkerFailed(Exception):
 class WorkerProcess:
     """One front end's process. Owned by one event loop."""
 
-    def __init__(self, settings: WorkerSettings) -> None:
-        """`settings.control_fd` is filled in at each start."""
+    def __init__(self, settings: WorkerSettings, spawner: SpawnerHost) -> None:
+        """`control_fd` and `spawner_fd` of the settings are filled in at each start."""
         self.settings = settings
+        self._spawner = spawner
         self.stopping = False
         self.ended = asyncio.Event()
         self.status: int | None = None
@@ -37,8 +39,9 @@ class WorkerProcess:
     async def start(self, generation: Generation) -> int:
         """Starts the process and waits until it serves; returns its port. Raises WorkerFailed."""
         ours, theirs = socket.socketpair()
-        settings = replace(self.settings, control_fd=theirs.fileno())
-        fds = [fd for fd in (settings.control_fd, settings.listener_fd) if fd >= 0]
+        spawner = self._spawner.offer()
+        settings = replace(self.settings, control_fd=theirs.fileno(), spawner_fd=spawner.fileno())
+        fds = [fd for fd in (settings.control_fd, settings.listener_fd, settings.spawner_fd) if fd >= 0]
         command = [sys.executable, "-m", "bulkhead.service.worker", settings.to_json()]
         self.ended = asyncio.Event()
         try:
@@ -51,6 +54,7 @@ class WorkerProcess:
             raise
         finally:
             theirs.close()
+            spawner.close()
         self._watch(self._process)
         self._channel = await Channel.open(ours)
         try:
