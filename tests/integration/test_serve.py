@@ -128,7 +128,7 @@ def test_no_process_survives_kill_9_of_the_service(tmp_path: Path, wat: Callable
         answer = callers.submit(served.review, "/validate", review)
         wait_until(lambda: served.runs() == 1, "the run to start")
         processes = served.tree()
-        assert len(processes) >= 6  # supervisor, two workers, two spawners, a run
+        assert len(processes) >= 5  # supervisor, two workers, spawner, a run
         served.process.kill()
         served.process.wait()
         wait_until(lambda: gone(processes), "all processes to end")
@@ -150,7 +150,7 @@ def test_replaces_a_worker_that_is_killed(tmp_path: Path, role: str) -> None:
 def test_replaces_a_spawner_that_is_killed(tmp_path: Path) -> None:
     with serve(tmp_path) as served:
         assert authenticates(served)
-        (spawner,) = served.worker("https").children()
+        spawner = served.spawner()
         spawner.kill()
         wait_until(lambda: gone([spawner]), "the spawner to end")
         assert authenticates(served)

@@ -20,6 +20,7 @@ import grpc
 import psutil
 
 from tests.support.processes import mortal
+from tests.support.sandboxes import runs_of
 
 START_SECONDS = 60.0
 REVIEWS = Path(__file__).resolve().parent.parent / "data" / "reviews"
@@ -109,13 +110,19 @@ class Served:
         root = psutil.Process(self.process.pid)
         return [root, *root.children(recursive=True)]
 
+    def spawner(self) -> psutil.Process:
+        """The process that starts the runs of all workers."""
+        for child in psutil.Process(self.process.pid).children():
+            with suppress(psutil.NoSuchProcess):
+                if child.name() == "bulkhead-spawner":
+                    return child
+        raise AssertionError("no spawner runs")
+
     def runs(self) -> int:
         """How many runs there are now."""
-        count = 0
-        for process in self.tree():
-            with suppress(psutil.NoSuchProcess):  # it ended while they were counted
-                count += process.name().startswith("wasmtime")
-        return count
+        with suppress(psutil.NoSuchProcess):  # one ended while they were counted
+            return len(runs_of(self.spawner()))
+        return 0
 
     def close(self) -> None:
         for channel in self._channels:
