@@ -38,9 +38,9 @@ void find_cpus(void) {
 }
 
 /* One CPU for all threads of a run halves its cost. */
-int choose_cpu(int preferred) {
+int choose_cpu(void) {
   if (placement.count < 2) return -1;
-  int best = preferred >= 0 ? preferred : 0;
+  int best = 0;
   for (int i = 0; i < placement.count; i++)
     if (placement.load[i] < placement.load[best]) best = i;
   return best;
@@ -49,8 +49,6 @@ int choose_cpu(int preferred) {
 void take_cpu(int index, int change) {
   if (index >= 0) placement.load[index] += change;
 }
-
-unsigned cpu_number(int index) { return placement.cpus[index]; }
 
 /* ---- the child, before exec ------------------------------------------------------------------ */
 

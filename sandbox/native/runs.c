@@ -89,13 +89,14 @@ static int open_outputs(struct run *run, int *errors_write_end) {
 
 static int execute(struct run *run, const int *standard_files) {
   struct program *program = run->program;
+  int cpu = run->pinned ? choose_cpu() : -1;
   struct launch launch = {
       .argv = program->argv,
       .envp = program->envp,
       .file_count = program->file_count,
       .limits = &run->limits,
       .layers = program->layers,
-      .cpu = run->cpu,
+      .cpu = cpu,
   };
   memcpy(launch.files, program->files, sizeof program->files);
   memcpy(launch.files, standard_files, 3 * sizeof standard_files[0]);
@@ -106,6 +107,10 @@ static int execute(struct run *run, const int *standard_files) {
     errno = saved;
     stage = STAGE_PREPARE;
   }
+  if (stage == 0) {
+    run->cpu = cpu;
+    take_cpu(cpu, 1);
+  }
   return stage;
 }
 
@@ -114,11 +119,8 @@ static int start_run(struct run *run, const struct run_message *message) {
   int write_end = -1, stage = STAGE_PREPARE;
   if (open_outputs(run, &write_end) != 0) goto done;
   int standard_files[3] = {run->input_fd, run->output_fd, write_end};
-  struct zygote *zygote = run->program->zygote;
-  run->cpu = message->pin_cpu ? choose_cpu(zygote != NULL ? zygote->cpu : -1) : -1;
+  run->pinned = message->pin_cpu;
   stage = run_in_zygote(run, standard_files) == 0 ? 0 : execute(run, standard_files);
-  if (stage == 0) take_cpu(run->cpu, 1);
-  else run->cpu = -1;
 done:;
   int saved = errno;
   close_fd(&write_end);

@@ -120,11 +120,10 @@ struct launch {
 /* Starts a process. Returns 0, or the stage that failed with errno set; then no process is left. */
 int launch_process(struct launch *launch, pid_t *pid, int *pidfd);
 void kill_and_reap(pid_t pid);
-/* Index of the CPU with the fewest runs, `preferred` among equals; -1 where there is no choice. */
-int choose_cpu(int preferred);
+/* Index of the CPU with the fewest executed runs; -1 where there is no choice. */
+int choose_cpu(void);
 void find_cpus(void);
 void take_cpu(int index, int change);
-unsigned cpu_number(int index);
 void set_up_launching(void);
 
 /* ---- zygotes ------------------------------------------------------------------------------- */
@@ -138,7 +137,6 @@ struct zygote {
   int pidfd;
   int control_fd; /* -1: closed */
   unsigned layers;
-  int cpu; /* where it was last; an index, or -1 */
   int active; /* runs */
   uint64_t served, started_at, deadline;
 };
@@ -174,7 +172,8 @@ struct run {
   char *errors;
   uint64_t errors_bytes, errors_most_bytes;
   int errors_truncated;
-  int cpu; /* an index, or -1 */
+  uint32_t pinned;
+  int cpu; /* of an executed one that is pinned: an index, or -1 */
   uint64_t started_at, deadline;
   enum end_reason reason;
   int overdue; /* it was killed, and its end has not come */

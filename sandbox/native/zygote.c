@@ -329,7 +329,6 @@ static struct {
   struct child children[ZYGOTE_MAX_RUNS];
   int used; /* no child at or behind this index */
   int blocked; /* the socket is full */
-  int cpu;
   struct sigaction child_action;
   sigset_t mask; /* wasmtime's own */
 } zygote;
@@ -430,12 +429,14 @@ static struct child *free_slot(void) {
   return zygote.used < ZYGOTE_MAX_RUNS ? &zygote.children[zygote.used++] : NULL;
 }
 
-static void move_to_cpu(int cpu) {
-  if (cpu < 0 || cpu == zygote.cpu) return;
+/* To the CPU that the kernel has chosen for the child, as the idlest: to stay on one halves a run's cost. */
+static void stay_on_this_cpu(void) {
   cpu_set_t set;
+  int cpu = sched_getcpu();
+  if (cpu < 0) return;
   CPU_ZERO(&set);
   CPU_SET((unsigned)cpu % CPU_SETSIZE, &set);
-  if (sched_setaffinity(0, sizeof set, &set) == 0) zygote.cpu = cpu; /* else it was taken away: run anywhere */
+  sched_setaffinity(0, sizeof set, &set); /* if it was taken away meanwhile: run anywhere */
 }
 
 static void __attribute__((noreturn)) child_fails(const char *step, int error) {
@@ -454,6 +455,7 @@ static void start_threads(void) {
 /* In the child: the last that happens before wasmtime goes on. */
 static void become_run(const struct zygote_run *request, const int *files) {
   const char *step = "dup2";
+  if (request->pin_cpu) stay_on_this_cpu();
   for (int i = 0; i <= STDERR_FILENO; i++)
     if (dup2(files[i], i) < 0) child_fails(step, errno);
   close_all_but_kept();
@@ -470,7 +472,6 @@ static int start_run(const struct zygote_run *request, const int *files) {
     fail_run(request->header.run_id, "too many runs", EAGAIN);
     return 0;
   }
-  move_to_cpu(request->cpu);
   pid_t pid = fork();
   if (pid == 0) {
     become_run(request, files);
@@ -533,7 +534,6 @@ static void serve(void) {
   sigaction(SIGCHLD, &action, &zygote.child_action);
   waiting = zygote.mask;
   sigdelset(&waiting, SIGCHLD);
-  zygote.cpu = -1;
   for (;;) {
     struct pollfd control = {.fd = self.control_fd, .events = zygote.blocked ? POLLOUT : POLLIN};
     int ready = ppoll(&control, 1, NULL, &waiting);

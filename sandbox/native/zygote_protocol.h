@@ -66,7 +66,7 @@ struct zygote_ready {
 struct zygote_run {
   struct zygote_header header;
   struct confine_limits limits;
-  int32_t cpu; /* the only one for this run, or -1 */
+  uint32_t pin_cpu; /* 1: the run stays on the CPU that it begins on */
   uint32_t reserved;
 };
 

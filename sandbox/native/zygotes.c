@@ -101,7 +101,7 @@ static void start_zygote(struct program *program) {
   zygote->source = (struct source){SOURCE_ZYGOTE, {.zygote = zygote}};
   zygote->process = (struct source){SOURCE_ZYGOTE_PROCESS, {.zygote = zygote}};
   zygote->program = program;
-  zygote->pidfd = zygote->control_fd = zygote->cpu = -1;
+  zygote->pidfd = zygote->control_fd = -1;
   zygote->started_at = now_nanoseconds();
   zygote->deadline = zygote->started_at + START_NANOSECONDS;
   int launched = 0;
@@ -218,12 +218,11 @@ int run_in_zygote(struct run *run, const int *files) {
   struct zygote_run request = {
       .header = {ZYGOTE_PROTOCOL_MAGIC, ZYGOTE_PROTOCOL_VERSION, ZYGOTE_RUN, run->number},
       .limits = run->limits,
-      .cpu = run->cpu >= 0 ? (int32_t)cpu_number(run->cpu) : -1,
+      .pin_cpu = run->pinned,
   };
   request.limits.open_files = 3; /* those that it has */
   if (send_request(zygote, &request, files) != 0) return -1;
   run->zygote = zygote;
-  zygote->cpu = run->cpu;
   zygote->active++;
   if (++zygote->served == MOST_RUNS_SERVED) wake_at(0);
   return 0;
