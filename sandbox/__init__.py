@@ -4,6 +4,7 @@ Knows modules, limits and processes; knows nothing of Kubernetes or gRPC. What i
 the public list; everything else is free to change.
 """
 
+from bulkhead.sandbox.cpus import usable_cpus
 from bulkhead.sandbox.errors import (
     DeadlinePassed,
     InvalidModule,
@@ -62,4 +63,5 @@ __all__ = [
     "parse_duration",
     "parse_layers",
     "parse_quantity",
+    "usable_cpus",
 ]

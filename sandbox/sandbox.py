@@ -15,6 +15,7 @@ from pathlib import Path
 from bulkhead.sandbox.cache import CompileCache
 from bulkhead.sandbox.compiled import CompiledModule
 from bulkhead.sandbox.compiler import Compiler
+from bulkhead.sandbox.cpus import usable_cpus
 from bulkhead.sandbox.errors import (
     DeadlinePassed,
     InvalidModule,
@@ -67,7 +68,7 @@ _MAXIMUM_LIMITS = Limits(
 
 def default_concurrent_runs() -> int:
     """Runs are short and mostly compute; some sleep, so a few more than CPUs."""
-    return max(8, 4 * len(os.sched_getaffinity(0)))
+    return max(8, 4 * usable_cpus())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,13 +17,18 @@ from collections.abc import Callable
 
 import structlog
 
+from bulkhead.service.balance import Share
+
 _log = structlog.get_logger()
 
 _HANDSHAKE_SECONDS = 3.0
 # Enough that stalled ones, which hold a place for their three seconds, leave room for others.
 _MOST_HANDSHAKES = 256
-# Of a worker. kube-apiserver needs a few, which it keeps.
-_MOST_CONNECTIONS = 4096
+# Of all workers. kube-apiserver needs a few, which it keeps.
+MOST_CONNECTIONS = 4096
+# For a worker that holds fewer connections to take the one that waits. One that is idle needs a tenth of it;
+# one that is too busy has no claim.
+_GIVE_WAY_SECONDS = 0.002
 _OUT_OF_RESOURCES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 _BACK_OFF_SECONDS = 0.1
 _WARNING_SECONDS = 1.0  # between two: anybody can make us write one
@@ -39,23 +44,30 @@ class Acceptor:
         tls: ssl.SSLContext | None,
         factory: Callable[[], asyncio.Protocol],
         count_open: Callable[[], int],
+        *,
+        most_connections: int = MOST_CONNECTIONS,
+        share: Share | None = None,
     ) -> None:
         """`factory` makes what serves a connection, `count_open` tells how many it serves now.
 
-        With `tls` None, connections are in plaintext.
+        With `tls` None, connections are in plaintext. `share`: beside others that accept from the socket.
         """
         self._listener = listener
         self._tls = tls
         self._factory = factory
         self._count_open = count_open
+        self._most_connections = most_connections
+        self._share = share or Share.all()
         self._handshakes = asyncio.Semaphore(_MOST_HANDSHAKES)
         self._next_warning = 0.0
+        self._stopped = False
         self._beginning: set[asyncio.Task[None]] = set()
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         """Begins to accept."""
         self._listener.setblocking(False)
+        self.tell_count()
         self._task = asyncio.create_task(self._accept())
 
     def set_context(self, tls: ssl.SSLContext | None) -> None:
@@ -64,33 +76,60 @@ class Acceptor:
 
     async def stop(self) -> None:
         """Accepts nothing more; connections that were handed over stay."""
+        self._stopped = True
+        self._share.retire()
         tasks = [task for task in (self._task, *self._beginning) if task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._listener.close()
 
+    def tell_count(self) -> None:
+        """To be called when a connection that was handed over has ended, too."""
+        if not self._stopped:
+            self._share.hold(len(self._beginning) + self._count_open())
+
     async def _accept(self) -> None:
-        loop = asyncio.get_running_loop()
         while True:
+            await self._wait_for_connection()
+            if self._share.lead:
+                await asyncio.sleep(_GIVE_WAY_SECONDS)
             try:
-                connection, _ = await loop.sock_accept(self._listener)
+                connection, _ = self._listener.accept()
+            except BlockingIOError:
+                continue  # another worker has it
             except OSError as error:
                 if error.errno in _OUT_OF_RESOURCES:
                     _log.error("cannot_accept", error=error.strerror)
                     await asyncio.sleep(_BACK_OFF_SECONDS)
                 continue  # otherwise the client was gone before we looked
-            if len(self._beginning) + self._count_open() >= _MOST_CONNECTIONS:
+            if len(self._beginning) + self._count_open() >= self._most_connections:
                 _reset(connection)
                 continue
             task = asyncio.create_task(self._begin(connection))
             self._beginning.add(task)
-            task.add_done_callback(self._beginning.discard)
+            task.add_done_callback(self._has_begun)
+            self.tell_count()
+
+    async def _wait_for_connection(self) -> None:
+        """Returns when there is one, which another worker may be about to take."""
+        loop = asyncio.get_running_loop()
+        there = asyncio.Event()
+        loop.add_reader(self._listener, there.set)
+        try:
+            await there.wait()
+        finally:
+            loop.remove_reader(self._listener)
+
+    def _has_begun(self, task: asyncio.Task[None]) -> None:
+        self._beginning.discard(task)
+        self.tell_count()
 
     async def _begin(self, connection: socket.socket) -> None:
         """Shakes hands, when it is its turn."""
         loop = asyncio.get_running_loop()
         try:
+            connection.setblocking(False)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             async with self._handshakes:
                 tls = self._tls

@@ -86,6 +86,11 @@ def main() -> None:
 )
 @click.option("--grpc-address", metavar="HOST:PORT", help="Instead of the configuration's.")
 @click.option(
+    "--workers",
+    metavar="N|auto",
+    help="Processes that answer over HTTPS. auto: one for every three CPUs that may be used.",
+)
+@click.option(
     "--insecure", is_flag=True, help="Serve without TLS on addresses that other machines can reach."
 )
 @click.option(

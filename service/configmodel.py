@@ -51,6 +51,7 @@ from bulkhead.service.scalars import (
 from bulkhead.service.words import cut
 from bulkhead.service.yamlfile import Location
 
+MOST_WORKERS = 64
 MOST_MODULES = 1000  # of one section; each is compiled, and held in memory
 
 _RESOURCE = re.compile(r"(?:\*|[a-z0-9][-a-z0-9.]*)(?:/(?:\*|[a-z0-9][-a-z0-9.]*(?:/[-a-z0-9.]+)*))?")
@@ -301,6 +302,8 @@ class ServerConfig(_Model):
     grpc: GrpcConfig = GrpcConfig()
     max_body_bytes: Annotated[Bytes, Field(ge=1 << 10, le=64 << 20)] = 8 << 20
     grace_seconds: Annotated[Seconds, Field(alias="gracePeriod", ge=0, le=3600)] = 25.0
+    workers: Annotated[int, Field(ge=1, le=MOST_WORKERS)] | Literal["auto"] = "auto"
+    """Processes that answer over HTTPS."""
     state_dir: OptionalPath = None
     wasmtime: OptionalPath = None
 

@@ -27,6 +27,8 @@ class ServeOptions:
     wasmtime: Path | None
     https: Address
     grpc: Address
+    workers: int
+    """Of them that answer over HTTPS."""
     insecure: bool
     allow_broken_modules: bool
     log_level: str
@@ -157,6 +159,7 @@ _FIXED: tuple[tuple[str, Callable[[Config], object]], ...] = (
     ("server.https.address", lambda config: config.server.https.address),
     ("server.grpc.address", lambda config: config.server.grpc.address),
     ("server.maxBodyBytes", lambda config: config.server.max_body_bytes),
+    ("server.workers", lambda config: config.server.workers),
     ("server.stateDir", lambda config: config.server.state_dir),
     ("server.wasmtime", lambda config: config.server.wasmtime),
     ("isolation", lambda config: config.isolation),

@@ -8,7 +8,7 @@ import socket
 import time
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 import structlog
@@ -16,7 +16,8 @@ from aiohttp import hdrs, web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from bulkhead.sandbox import parse_duration
-from bulkhead.service.acceptor import Acceptor
+from bulkhead.service.acceptor import MOST_CONNECTIONS, Acceptor
+from bulkhead.service.balance import Share
 from bulkhead.service.clients import Clients
 from bulkhead.service.edge import fault_of
 from bulkhead.service.identity import NotAllowed, Unauthenticated
@@ -31,7 +32,8 @@ _BODY_SECONDS = 10.0
 # After an answer to a request whose body was not read: time for the client to see the answer.
 _LINGER_SECONDS = 1.0
 _HEADER_BYTES = 16 << 10
-# Bodies in memory, being read or answered, counted in largest ones. Honest ones are a thousandth of that.
+# Bodies in memory, being read or answered, counted in largest ones, in all workers together. Honest ones are
+# a thousandth of that.
 _LARGEST_BODIES = 32
 _JSON = "application/json"
 _STAGES = {"validate": Stage.VALIDATING, "mutate": Stage.MUTATING}
@@ -81,18 +83,47 @@ def _overloaded() -> _Refused:
     return _Refused(HTTPStatus.SERVICE_UNAVAILABLE, "too many requests at once; try again later")
 
 
+class _Connections(web.Server[web.BaseRequest]):
+    """aiohttp's server, which knows how many connections are open, and tells when one ends."""
+
+    def __init__(self, handler: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]], **options: Any):
+        super().__init__(handler, **options)
+        self.open: set[web.RequestHandler] = set()
+        self.on_end: Callable[[], None] = lambda: None
+
+    def connection_made(self, handler: web.RequestHandler, transport: asyncio.Transport) -> None:
+        super().connection_made(handler, transport)
+        self.open.add(handler)
+
+    def connection_lost(self, handler: web.RequestHandler, exc: BaseException | None = None) -> None:
+        super().connection_lost(handler, exc)
+        self.open.discard(handler)
+        self.on_end()
+
+
 class HttpsServer:
     """Serves reviews on one listening socket. Owned by one event loop."""
 
-    def __init__(self, reviews: Reviews, *, max_body_bytes: int, max_in_flight: int) -> None:
+    def __init__(
+        self,
+        reviews: Reviews,
+        *,
+        max_body_bytes: int,
+        max_in_flight: int,
+        workers: int = 1,
+        share: Share | None = None,
+    ) -> None:
+        """`workers` serve the same socket; each holds its part of all connections and bodies."""
         self._reviews = reviews
         self._max_body_bytes = max_body_bytes
         self._max_in_flight = max_in_flight
         self._in_flight = 0
         self.held_bytes = 0
-        self.most_held_bytes = _LARGEST_BODIES * max_body_bytes
+        self.most_held_bytes = max(1, _LARGEST_BODIES // workers) * max_body_bytes
+        self._most_connections = MOST_CONNECTIONS // workers
+        self._share = share
         self._acceptor: Acceptor | None = None
-        self._protocol: web.Server | None = None
+        self._protocol: _Connections | None = None
         self._clients = Clients(None)
         # Connections with a request that is being read or answered.
         self._busy: set[web.RequestHandler] = set()
@@ -102,7 +133,7 @@ class HttpsServer:
     def start(self, listener: socket.socket, tls: TlsMaterial | None) -> None:
         """Begins to accept; in plaintext if `tls` is None. Raises TlsError."""
         self._clients.set_tls(tls)
-        self._protocol = web.Server(
+        self._protocol = protocol = _Connections(
             self._handle,
             access_log=None,
             keepalive_timeout=_KEEPALIVE_SECONDS,
@@ -112,10 +143,15 @@ class HttpsServer:
             auto_decompress=False,
             handler_cancellation=True,  # a client that goes away ends its runs
         )
-        protocol = self._protocol
         self._acceptor = Acceptor(
-            listener, self._clients.context, protocol, lambda: len(protocol.connections)
+            listener,
+            self._clients.context,
+            protocol,
+            lambda: len(protocol.open),
+            most_connections=self._most_connections,
+            share=self._share,
         )
+        protocol.on_end = self._acceptor.tell_count
         self._acceptor.start()
 
     async def set_tls(self, tls: TlsMaterial | None) -> None:

@@ -9,16 +9,18 @@ import signal
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import click
 import structlog
 
-from bulkhead.sandbox import SandboxError
+from bulkhead.sandbox import SandboxError, usable_cpus
 from bulkhead.sandbox.files import write_atomically
 from bulkhead.service.banner import banner
 from bulkhead.service.cli import EXIT_FAILED, EXIT_USAGE
 from bulkhead.service.config import Address, ConfigError, GrpcConfig, HttpsConfig, exposed
 from bulkhead.service.configfiles import ConfigFiles
+from bulkhead.service.configmodel import MOST_WORKERS
 from bulkhead.service.demo import CONFIGURATION
 from bulkhead.service.generation import ServeOptions
 from bulkhead.service.log import Format, configure_logging
@@ -28,6 +30,9 @@ from bulkhead.service.worker_process import WorkerFailed
 
 _log = structlog.get_logger()
 
+# Beyond that the one spawner is what limits, and each takes 70 MB.
+_MOST_AUTOMATIC_WORKERS = 8
+
 
 def serve(
     files: ConfigFiles,
@@ -35,6 +40,7 @@ def serve(
     wasmtime: Path | None,
     https_address: str | None,
     grpc_address: str | None,
+    workers: str | None,
     insecure: bool,
     allow_broken_modules: bool,
     log_level: str,
@@ -57,6 +63,7 @@ def serve(
             wasmtime=wasmtime or loaded.server.wasmtime,
             https=https,
             grpc=grpc,
+            workers=_workers(workers, loaded.server.workers),
             insecure=insecure,
             allow_broken_modules=allow_broken_modules,
             log_level=log_level,
@@ -84,6 +91,25 @@ def _address(given: str | None, section: HttpsConfig | GrpcConfig, option: str, 
             raise click.UsageError(f"{option}: {exposed(address)}")
         _log.warning("INSECURE", address=str(address), why="others can read and change what is said there")
     return address
+
+
+def _workers(given: str | None, configured: int | Literal["auto"]) -> int:
+    """How many processes answer over HTTPS."""
+    chosen = configured if given is None else given
+    if chosen == "auto":
+        return automatic_workers(usable_cpus())
+    try:
+        number = int(chosen)
+    except ValueError:
+        raise click.UsageError(f"--workers: expected a number or auto, got {chosen!r}") from None
+    if not 1 <= number <= MOST_WORKERS:
+        raise click.UsageError(f"--workers: expected 1 to {MOST_WORKERS}, got {number}")
+    return number
+
+
+def automatic_workers(cpus: int) -> int:
+    """A review takes a quarter to a third of its CPU time in a worker, the rest in runs."""
+    return max(1, min(_MOST_AUTOMATIC_WORKERS, -(-cpus // 3)))
 
 
 async def _serve(options: ServeOptions, ready_file: Path | None, *, demo: bool) -> None:

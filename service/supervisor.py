@@ -1,4 +1,4 @@
-"""`bulkhead serve`: makes generations, and keeps one worker for each front end alive that serves them.
+"""`bulkhead serve`: makes generations, and keeps the workers alive that serve them.
 
 A small process: it loads neither grpc nor an HTTP server, has no threads while workers start, and
 answers nothing itself. It holds the HTTPS socket, so that connections wait, rather than fail, while a
@@ -102,7 +102,7 @@ class Supervisor:
         self._reload_asked = asyncio.Event()
 
     async def start(self) -> Serving:
-        """Makes the first generation, starts the workers, and waits until both answer.
+        """Makes the first generation, starts the workers, and waits until all answer.
 
         Raises SandboxError, ConfigError or WorkerFailed; each text is for people.
         """
@@ -114,13 +114,10 @@ class Supervisor:
         )
         for warning in runtime.warnings:
             _log.warning("wasmtime", warning=warning)
-        self._workers = [
-            WorkerProcess(
-                self._settings("https", options.https.host, self._listener.getsockname()[1]), self._spawner
-            ),
-            WorkerProcess(self._settings("grpc", options.grpc.host, options.grpc.port), self._spawner),
-        ]
-        https_port, grpc_port = await asyncio.gather(*(each.start(generation) for each in self._workers))
+        https_port = self._listener.getsockname()[1]
+        https = [self._worker("https", options.https.host, https_port, n + 1) for n in range(options.workers)]
+        self._workers = [*https, self._worker("grpc", options.grpc.host, options.grpc.port)]
+        *_, grpc_port = await asyncio.gather(*(each.start(generation) for each in self._workers))
         self._serving = Serving(
             https_address=str(Address(options.https.host, https_port)),
             grpc_address=str(Address(options.grpc.host, grpc_port)),
@@ -131,11 +128,13 @@ class Supervisor:
         self._plan_retry(wanted=bool(generation.broken) and self._fetches)
         return self._serving
 
-    def _settings(self, role: Role, host: str, port: int) -> WorkerSettings:
+    def _worker(self, role: Role, host: str, port: int, number: int | None = None) -> WorkerProcess:
         options = self._options
         assert self._listener is not None
-        return WorkerSettings(
+        settings = WorkerSettings(
             role=role,
+            name=role if number is None or options.workers == 1 else f"{role}-{number}",
+            share=options.workers if role == "https" else 1,
             state_dir=str(options.state_dir),
             wasmtime=str(options.wasmtime) if options.wasmtime else None,
             log_level=options.log_level,
@@ -146,6 +145,7 @@ class Supervisor:
             port=port,
             listener_fd=self._listener.fileno() if role == "https" else -1,
         )
+        return WorkerProcess(settings, self._spawner)
 
     @property
     def _generation(self) -> Generation:
@@ -188,7 +188,7 @@ class Supervisor:
             await worker.ended.wait()
             if worker.stopping:
                 return
-            _log.error("worker_died", worker=worker.settings.role, status=worker.status)
+            _log.error("worker_died", worker=worker.settings.name, status=worker.status)
             if time.monotonic() - started_at > _STABLE_SECONDS:
                 backoff = _FIRST_BACKOFF_SECONDS
             await asyncio.sleep(backoff)
@@ -198,9 +198,9 @@ class Supervisor:
                     return
                 try:
                     await worker.start(self._generation)
-                    _log.warning("worker_restarted", worker=worker.settings.role)
+                    _log.warning("worker_restarted", worker=worker.settings.name)
                 except WorkerFailed as error:
-                    _log.error("worker_not_restarted", worker=worker.settings.role, error=str(error))
+                    _log.error("worker_not_restarted", worker=worker.settings.name, error=str(error))
 
     async def _wait_ended(self) -> None:
         for worker in self._workers:

@@ -56,6 +56,10 @@ class WorkerSettings:
     """What the supervisor tells a worker, as JSON in its one argument. No secrets: anyone can read it."""
 
     role: Role
+    name: str
+    """The role, and a number where there are several of it."""
+    share: int
+    """How many workers of the role share its runs and its queue."""
     state_dir: str
     wasmtime: str | None
     log_level: str
@@ -88,7 +92,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     configure_logging(settings.log_level, settings.log_format)
-    structlog.contextvars.bind_contextvars(worker=settings.role)
+    structlog.contextvars.bind_contextvars(worker=settings.name)
     sys.exit(uvloop.run(_run(settings)))
 
 
@@ -129,7 +133,12 @@ async def _run(settings: WorkerSettings) -> int:
 def _sandbox_options(settings: WorkerSettings, generation: Generation) -> SandboxOptions:
     wasmtime = Path(settings.wasmtime) if settings.wasmtime else None
     options = sandbox_options(generation.config, Path(settings.state_dir), wasmtime)
-    return replace(options, spawner_host=socket.socket(fileno=settings.spawner_fd))
+    return replace(
+        options,
+        max_concurrent_runs=-(-options.max_concurrent_runs // settings.share),
+        max_queued_runs=-(-options.max_queued_runs // settings.share),
+        spawner_host=socket.socket(fileno=settings.spawner_fd),
+    )
 
 
 def _log_zygote(news: ZygoteNews) -> None:

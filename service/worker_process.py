@@ -81,17 +81,17 @@ class WorkerProcess:
 
     async def _ask(self, message: Message) -> Message:
         assert self._channel is not None
-        role = self.settings.role
+        name = self.settings.name
         try:
             async with asyncio.timeout(_ANSWER_SECONDS):
                 await self._channel.send(message)
                 answer = await self._channel.receive()
         except TimeoutError:
             self.abandon()  # its answer, should it come, would be taken for that to the next question
-            raise WorkerFailed(f"the {role} worker did not answer in {_ANSWER_SECONDS:g} s") from None
+            raise WorkerFailed(f"the {name} worker did not answer in {_ANSWER_SECONDS:g} s") from None
         except (EOFError, ConnectionError):
             await self.ended.wait()
-            raise WorkerFailed(f"the {role} worker died (status {self.status})") from None
+            raise WorkerFailed(f"the {name} worker died (status {self.status})") from None
         if isinstance(answer, Failed):
             raise WorkerFailed(answer.error)
         return answer

@@ -156,7 +156,7 @@ def test_a_module_without_a_name_is_called_by_its_file(file: str, name: str) -> 
     [
         (
             "",
-            "bulkhead.yaml: expected a mapping with the sections server, limits, authentication, "
+            "bulkhead.yaml: expected a mapping with the sections server, limits, isolation, authentication, "
             "authorization, admission, got an empty file",
         ),
         ("[]", "bulkhead.yaml: expected a mapping with the sections server, .*, got a list"),
@@ -193,7 +193,7 @@ def test_refuses_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     [
         (
             "admision: {}",
-            "1: admision: expected one of the keys server, limits, authentication, authorization, "
+            "1: admision: expected one of the keys server, limits, isolation, authentication, authorization, "
             "admission, got an unknown one; did you mean admission?",
         ),
         (
@@ -204,7 +204,7 @@ def test_refuses_a_file_that_cannot_be_read(tmp_path: Path) -> None:
         (
             "server: {graceperiod: 1s}",
             "1: server.graceperiod: expected one of the keys https, grpc, maxBodyBytes, "
-            "gracePeriod, stateDir, wasmtime, got an unknown one; did you mean gracePeriod?",
+            "gracePeriod, workers, stateDir, wasmtime, got an unknown one; did you mean gracePeriod?",
         ),
         ("server: {grace_period: 1s}", "did you mean gracePeriod?"),
         ("server:", "1: server: expected a mapping, got nothing"),
