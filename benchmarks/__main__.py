@@ -22,7 +22,9 @@ _PARTS = ("runs", "reviews", "memory")
 class _Effort:
     """How much is measured."""
 
-    rounds: int
+    review_rounds: int
+    run_rounds: int
+    """Many and short: the ratios are of what ran side by side."""
     runs: int
     """In a round, of each way of running."""
     seconds: float
@@ -32,8 +34,8 @@ class _Effort:
     in_flight: tuple[int, ...]
 
 
-_THOROUGH = _Effort(4, 200, 1.0, (1, 8, 32, 128), (0, 10, 50), (1, 4, 8))
-_QUICK = _Effort(2, 40, 0.5, (1, 32), (0, 10), (4,))
+_THOROUGH = _Effort(4, 20, 40, 1.0, (1, 8, 32, 128), (0, 10, 50), (1, 4, 8))
+_QUICK = _Effort(2, 4, 20, 0.5, (1, 32), (0, 10), (4,))
 
 
 @dataclass(slots=True)
@@ -68,12 +70,8 @@ class _Bench:
             return None
 
     def _runs(self, subject: Subject) -> None:
-        try:
-            effort = self.effort
-            results = launching.run(subject, rounds=effort.rounds, count=effort.runs, skipped=self.skipped)
-        except Missing as missing:
-            self.skipped.append(f"runs of {subject.name}: {missing}")
-            return
+        rounds, count = self.effort.run_rounds, self.effort.runs
+        results = launching.run(subject, rounds=rounds, count=count, skipped=self.skipped)
         self.console.print(tables.runs_table(f"One run of {subject.name}", results))
 
     def _reviews(self, subject: Subject, programs: Path | None, *, front_ends: bool) -> None:
@@ -81,7 +79,7 @@ class _Bench:
         loads = reviews.run(
             subject,
             programs,
-            rounds=effort.rounds,
+            rounds=effort.review_rounds,
             seconds=effort.seconds,
             callers=effort.callers,
             front_ends=front_ends,

@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 import psutil
 import uvloop
 
-from benchmarks.floors import ExecFloor, ZygoteFloor
+from benchmarks.floors import STAYS_WHERE_IT_BEGINS, ExecFloor, ZygoteFloor
 from benchmarks.inprocess import NAME as IN_PROCESS
 from benchmarks.inprocess import Instances
 from benchmarks.samples import Samples
@@ -24,8 +24,8 @@ from benchmarks.subjects import Subject, pod_review
 from bulkhead.sandbox import Limits, Sandbox, SandboxOptions, Way
 from bulkhead.sandbox.spawner import LIBRARY
 
-_FLOOR = "C program, the same zygote, pinned: the floor"
-_EXEC_FLOOR = "C program, the same, pinned to one CPU"
+_FLOOR = "the same, all on one CPU: the floor"
+_EXEC_FLOOR = "the same, all on one CPU"
 _ENTRY_POINT = "validate"
 _LIMITS = Limits(wall_seconds=10, cpu_seconds=10)
 _WARM_UP_RUNS = 10
@@ -42,10 +42,7 @@ class _Row:
 
 
 def run(subject: Subject, *, rounds: int, count: int, skipped: list[str]) -> list[Samples]:
-    """Alternates the ways in several rounds, so that a slow moment of the machine hits all of them.
-
-    Raises Missing.
-    """
+    """Alternates the ways in many rounds, so that a slow moment of the machine hits all of them."""
     # On the event loop that the service runs on.
     return uvloop.run(_measure(subject, rounds, count, skipped))
 
@@ -78,10 +75,10 @@ async def _measure(subject: Subject, rounds: int, count: int, skipped: list[str]
 
 async def _in_rounds(subject: Subject, rows: list[_Row], rounds: int, count: int) -> list[Samples]:
     results = [Samples(row.name) for row in rows]
-    for number in range(rounds):
-        print(f"bench: runs: {subject.name}, round {number + 1} of {rounds}", file=sys.stderr, flush=True)
+    print(f"bench: runs: {subject.name}, {rounds} rounds", file=sys.stderr, flush=True)
+    for _ in range(rounds):
         for row, result in zip(rows, results, strict=True):
-            result.add(await row.measure(max(5, int(count * row.share))))
+            result.add(await row.measure(max(1, int(count * row.share))))
     return results
 
 
@@ -139,6 +136,9 @@ async def _zygote_rows(launcher: _Launcher, request: Path) -> list[_Row]:
     cpu = max(os.sched_getaffinity(0))
     return [
         _row("C program, a zygote, not pinned", floor.measure),
+        _row(
+            "the same, each run stays on its CPU", lambda count: floor.measure(count, STAYS_WHERE_IT_BEGINS)
+        ),
         _row(_FLOOR, lambda count: floor.measure(count, cpu)),
     ]
 

@@ -83,7 +83,7 @@ def _overloaded() -> _Refused:
     return _Refused(HTTPStatus.SERVICE_UNAVAILABLE, "too many requests at once; try again later")
 
 
-class _Connections(web.Server[web.BaseRequest]):
+class _Connections(web.Server):
     """aiohttp's server, which knows how many connections are open, and tells when one ends."""
 
     def __init__(self, handler: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]], **options: Any):

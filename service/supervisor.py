@@ -1,8 +1,8 @@
 """`bulkhead serve`: makes generations, and keeps the workers alive that serve them.
 
 A small process: it loads neither grpc nor an HTTP server, has no threads while workers start, and
-answers nothing itself. It holds the HTTPS socket, so that connections wait, rather than fail, while a
-worker is replaced. When it dies, the workers do.
+answers nothing itself. It holds the socket that all HTTPS workers accept from, so that connections wait,
+rather than fail, while none of them is there. When it dies, the workers do.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import NamedTuple
 import structlog
 
 from bulkhead.sandbox import Runtime, SandboxError, SpawnerHost
+from bulkhead.service.balance import Balance
 from bulkhead.service.chains import Key
 from bulkhead.service.config import Address, Config, ConfigError
 from bulkhead.service.generation import (
@@ -87,6 +88,7 @@ class Supervisor:
         self._generations = Generations(options)
         self._workers: list[WorkerProcess] = []
         self._spawner = SpawnerHost()
+        self._balance = Balance.of(options.workers)
         self._listener: socket.socket | None = None
         self._serving: Serving | None = None
         self._switching = asyncio.Lock()
@@ -115,7 +117,7 @@ class Supervisor:
         for warning in runtime.warnings:
             _log.warning("wasmtime", warning=warning)
         https_port = self._listener.getsockname()[1]
-        https = [self._worker("https", options.https.host, https_port, n + 1) for n in range(options.workers)]
+        https = [self._worker("https", options.https.host, https_port, n) for n in range(options.workers)]
         self._workers = [*https, self._worker("grpc", options.grpc.host, options.grpc.port)]
         *_, grpc_port = await asyncio.gather(*(each.start(generation) for each in self._workers))
         self._serving = Serving(
@@ -128,13 +130,16 @@ class Supervisor:
         self._plan_retry(wanted=bool(generation.broken) and self._fetches)
         return self._serving
 
-    def _worker(self, role: Role, host: str, port: int, number: int | None = None) -> WorkerProcess:
+    def _worker(self, role: Role, host: str, port: int, index: int = 0) -> WorkerProcess:
         options = self._options
         assert self._listener is not None
+        accepts = role == "https"
+        share = options.workers if accepts else 1
         settings = WorkerSettings(
             role=role,
-            name=role if number is None or options.workers == 1 else f"{role}-{number}",
-            share=options.workers if role == "https" else 1,
+            name=f"{role}-{index + 1}" if share > 1 else role,
+            share=share,
+            index=index,
             state_dir=str(options.state_dir),
             wasmtime=str(options.wasmtime) if options.wasmtime else None,
             log_level=options.log_level,
@@ -143,7 +148,8 @@ class Supervisor:
             control_fd=-1,
             host=host,
             port=port,
-            listener_fd=self._listener.fileno() if role == "https" else -1,
+            listener_fd=self._listener.fileno() if accepts else -1,
+            balance_fd=self._balance.fd if accepts else -1,
         )
         return WorkerProcess(settings, self._spawner)
 
@@ -188,6 +194,8 @@ class Supervisor:
             await worker.ended.wait()
             if worker.stopping:
                 return
+            if worker.settings.role == "https":
+                self._balance.retire(worker.settings.index)  # the others need not leave connections to it
             _log.error("worker_died", worker=worker.settings.name, status=worker.status)
             if time.monotonic() - started_at > _STABLE_SECONDS:
                 backoff = _FIRST_BACKOFF_SECONDS
@@ -212,6 +220,7 @@ class Supervisor:
             worker.kill()
         await self._wait_ended()
         await self._spawner.close()
+        self._balance.close()
         if self._listener is not None:
             self._listener.close()
 

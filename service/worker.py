@@ -33,6 +33,7 @@ from bulkhead.sandbox import (
     ZygoteState,
     names_of,
 )
+from bulkhead.service.balance import Balance, Share, part
 from bulkhead.service.chains import Chains, open_chains
 from bulkhead.service.configured import sandbox_options
 from bulkhead.service.control import Channel, Commit, Done, Failed, Message, Prepare, Ready
@@ -59,7 +60,7 @@ class WorkerSettings:
     name: str
     """The role, and a number where there are several of it."""
     share: int
-    """How many workers of the role share its runs and its queue."""
+    """How many workers of the role share its runs, its queue and its connections."""
     state_dir: str
     wasmtime: str | None
     log_level: str
@@ -70,8 +71,18 @@ class WorkerSettings:
     port: int
     spawner_fd: int = -1
     """To get connections to the spawner that all workers share."""
+    index: int = 0
+    """Which of those it is."""
     listener_fd: int = -1
-    """The HTTPS worker's; the gRPC worker listens by itself."""
+    """What all HTTPS workers accept from; the gRPC worker listens by itself."""
+    balance_fd: int = -1
+    """The HTTPS workers': how many connections each of them holds."""
+
+    @property
+    def fds(self) -> list[int]:
+        """The descriptors that it inherits."""
+        fds = (self.control_fd, self.spawner_fd, self.listener_fd, self.balance_fd)
+        return [fd for fd in fds if fd >= 0]
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -135,8 +146,8 @@ def _sandbox_options(settings: WorkerSettings, generation: Generation) -> Sandbo
     options = sandbox_options(generation.config, Path(settings.state_dir), wasmtime)
     return replace(
         options,
-        max_concurrent_runs=-(-options.max_concurrent_runs // settings.share),
-        max_queued_runs=-(-options.max_queued_runs // settings.share),
+        max_concurrent_runs=max(1, part(options.max_concurrent_runs, settings.index, settings.share)),
+        max_queued_runs=part(options.max_queued_runs, settings.index, settings.share),
         spawner_host=socket.socket(fileno=settings.spawner_fd),
     )
 
@@ -266,6 +277,8 @@ async def _start_https(
         reviewer,
         max_body_bytes=generation.config.server.max_body_bytes,
         max_in_flight=_max_in_flight(reviewer.sandbox),
+        workers=settings.share,
+        share=Share(Balance(settings.balance_fd), settings.index),
     )
     server.start(socket.socket(fileno=settings.listener_fd), generation.https_tls)
     return _FrontEnd(settings.port, server.set_tls, server.stop)

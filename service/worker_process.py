@@ -24,7 +24,7 @@ class WorkerFailed(Exception):
 
 
 class WorkerProcess:
-    """One front end's process. Owned by one event loop."""
+    """A process of one front end. Owned by one event loop."""
 
     def __init__(self, settings: WorkerSettings, spawner: SpawnerHost) -> None:
         """`control_fd` and `spawner_fd` of the settings are filled in at each start."""
@@ -41,13 +41,12 @@ class WorkerProcess:
         ours, theirs = socket.socketpair()
         spawner = self._spawner.offer()
         settings = replace(self.settings, control_fd=theirs.fileno(), spawner_fd=spawner.fileno())
-        fds = [fd for fd in (settings.control_fd, settings.listener_fd, settings.spawner_fd) if fd >= 0]
         command = [sys.executable, "-m", "bulkhead.service.worker", settings.to_json()]
         self.ended = asyncio.Event()
         try:
             # No preexec_fn: Popen then uses vfork, and the child is never a copy of this process.
             self._process = subprocess.Popen(  # noqa: ASYNC220 - it returns at once
-                command, pass_fds=fds, stdin=subprocess.DEVNULL
+                command, pass_fds=settings.fds, stdin=subprocess.DEVNULL
             )
         except BaseException:
             ours.close()

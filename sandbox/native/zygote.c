@@ -329,6 +329,7 @@ static struct {
   struct child children[ZYGOTE_MAX_RUNS];
   int used; /* no child at or behind this index */
   int blocked; /* the socket is full */
+  pid_t pid;
   struct sigaction child_action;
   sigset_t mask; /* wasmtime's own */
 } zygote;
@@ -461,7 +462,7 @@ static void become_run(const struct zygote_run *request, const int *files) {
   close_all_but_kept();
   sigaction(SIGCHLD, &zygote.child_action, NULL);
   sigprocmask(SIG_SETMASK, &zygote.mask, NULL);
-  if (confine_run(self.layers, &request->limits, getppid(), &step) != 0) child_fails(step, errno);
+  if (confine_run(self.layers, &request->limits, zygote.pid, &step) != 0) child_fails(step, errno);
   start_threads();
 }
 
@@ -534,6 +535,7 @@ static void serve(void) {
   sigaction(SIGCHLD, &action, &zygote.child_action);
   waiting = zygote.mask;
   sigdelset(&waiting, SIGCHLD);
+  zygote.pid = getpid();
   for (;;) {
     struct pollfd control = {.fd = self.control_fd, .events = zygote.blocked ? POLLOUT : POLLIN};
     int ready = ppoll(&control, 1, NULL, &waiting);
