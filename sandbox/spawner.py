@@ -249,9 +249,10 @@ class Spawner:
                 self._loop.add_writer(self._control.fileno(), self._flush)
                 return
             except OSError as error:
-                if error.errno in _GONE or run_id == 0:
+                if error.errno in _GONE:
                     self._die(f"sending to it failed: {error.strerror}")
                     return
+                # A program that is lost so is unknown when it is to be run, which fails that run.
                 self._settle(run_id, StartFailed(f"asking for it failed: {error.strerror}", error.errno or 0))
             self._outbox.popleft()
         self._stop_writing()

@@ -147,7 +147,7 @@ void begin_run(struct client *client, const struct run_message *message, size_t 
   if (stage == 0) {
     if (watch(run->errors_fd, &run->errors_source) != 0) kill_run(run, END_BY_ITSELF);
     uint64_t wall = message->wall_nanoseconds;
-    run->deadline = wall < UINT64_MAX - run->started_at ? run->started_at + wall : UINT64_MAX;
+    if (!run->overdue) run->deadline = wall < UINT64_MAX - run->started_at ? run->started_at + wall : UINT64_MAX;
   } else {
     fail_run(run, (enum failure_stage)stage, saved);
   }
@@ -155,7 +155,7 @@ void begin_run(struct client *client, const struct run_message *message, size_t 
 
 void on_run_started(struct run *run, int pidfd) {
   run->pidfd = pidfd;
-  if (run->reason != END_BY_ITSELF) syscall(SYS_pidfd_send_signal, pidfd, SIGKILL, NULL, 0); /* killed meanwhile */
+  if (run->overdue) syscall(SYS_pidfd_send_signal, pidfd, SIGKILL, NULL, 0); /* killed meanwhile */
 }
 
 /* ---- standard error ------------------------------------------------------------------------- */

@@ -175,10 +175,14 @@ static void handle_request(struct client *client, const char *buffer, size_t siz
   if (size < sizeof *header || header->magic != BULKHEAD_PROTOCOL_MAGIC ||
       header->version != BULKHEAD_PROTOCOL_VERSION) {
     errno = EPROTO;
-    die("the service speaks another protocol; reinstall Bulkhead");
+    if (client == spawner.first) die("the service speaks another protocol; reinstall Bulkhead");
+    for (int i = 0; i < count; i++) close(files[i]);
+    drop_client(client);
+    return;
   }
   struct run *run;
-  if (header->type == MESSAGE_RUN && size >= sizeof(struct run_message)) {
+  if (header->type == MESSAGE_RUN) {
+    if (size < sizeof(struct run_message) && !lost) lost = EPROTO;
     begin_run(client, (const struct run_message *)buffer, size, files, count, lost);
     return;
   }

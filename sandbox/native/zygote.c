@@ -489,6 +489,8 @@ static int start_run(const struct zygote_run *request, const int *files) {
   return 0;
 }
 
+#define ROOM_FOR_FILES 4 /* one more than a request has: alignment makes the room anyway */
+
 /* The three descriptors of a request; fewer when they did not arrive. */
 static int take_files(struct msghdr *message, int *files) {
   int count = 0;
@@ -503,13 +505,13 @@ static int take_files(struct msghdr *message, int *files) {
 /* Returns 1 in the child. */
 static int on_request(void) {
   struct zygote_run request;
-  char room[CMSG_SPACE(3 * sizeof(int))] __attribute__((aligned(8)));
+  char room[CMSG_SPACE(ROOM_FOR_FILES * sizeof(int))] __attribute__((aligned(8)));
   struct iovec part = {.iov_base = &request, .iov_len = sizeof request};
   struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1, .msg_control = room, .msg_controllen = sizeof room};
   ssize_t size = recvmsg(self.control_fd, &message, MSG_CMSG_CLOEXEC | MSG_DONTWAIT);
   if (size < 0 && (errno == EAGAIN || errno == EINTR)) return 0;
   if (size <= 0) _exit(0); /* the spawner is gone, or done with us */
-  int files[3], count = take_files(&message, files), is_child = 0;
+  int files[ROOM_FOR_FILES], count = take_files(&message, files), is_child = 0;
   if (size != (ssize_t)sizeof request || request.header.magic != ZYGOTE_PROTOCOL_MAGIC ||
       request.header.version != ZYGOTE_PROTOCOL_VERSION || request.header.type != ZYGOTE_RUN ||
       request.header.run_id == 0)
