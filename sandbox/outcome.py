@@ -40,6 +40,9 @@ class Usage:
     cpu_seconds: float
     peak_memory_bytes: int
     """Largest resident set of the process, the runtime's own share included."""
+    private_memory_bytes: int = 0
+    """The part of it that no other process had: less what is mapped of files in the zygote that it was
+    forked from. For an executed run, all of it."""
     way: Way = Way.EXEC
 
 

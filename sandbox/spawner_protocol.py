@@ -26,7 +26,7 @@ PROGRAM = struct.Struct("=IHHQ 16s Q IIII")
 FORGET = struct.Struct("=IHHQ 16s")
 RUN = struct.Struct("=IHHQ 16s QQQQI4x QQ II")
 OUTPUT = struct.Struct("=IHHQ II")
-ENDED = struct.Struct("=IHHQ iI QQQQ IIIIII")
+ENDED = struct.Struct("=IHHQ iI QQQQQ IIIIII")
 FAILED = struct.Struct("=IHHQ Ii")
 ZYGOTE = struct.Struct("=IHHQ 16s IIi 44s")
 
@@ -218,8 +218,8 @@ def encode_plain(kind: MessageType, run_id: int = 0) -> bytes:
 def decode_ended(message: memoryview, parts: dict[int, list[bytes]]) -> ProcessEnd:
     """`parts` is what came of each stream in OUTPUT messages before."""
     fields = ENDED.unpack_from(message)
-    status, reason, wall, cpu, peak, _stdout_bytes = fields[4:10]
-    truncated, way, layers, stderr_here, stdout_here, _reserved = fields[10:]
+    status, reason, wall, cpu, peak, private, _stdout_bytes = fields[4:11]
+    truncated, way, layers, stderr_here, stdout_here, _reserved = fields[11:]
     at = ENDED.size
     stderr = bytes(message[at : at + stderr_here])
     stdout = bytes(message[at + stderr_here : at + stderr_here + stdout_here])
@@ -231,7 +231,13 @@ def decode_ended(message: memoryview, parts: dict[int, list[bytes]]) -> ProcessE
         stdout=stdout,
         stderr=stderr,
         stderr_truncated=bool(truncated),
-        usage=Usage(wall_seconds=wall / 1e9, cpu_seconds=cpu / 1e9, peak_memory_bytes=peak, way=Way(way)),
+        usage=Usage(
+            wall_seconds=wall / 1e9,
+            cpu_seconds=cpu / 1e9,
+            peak_memory_bytes=peak,
+            private_memory_bytes=private,
+            way=Way(way),
+        ),
         layers=layers,
     )
 

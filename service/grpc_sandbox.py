@@ -71,6 +71,7 @@ def _response(digest: str, result: RunResult) -> sandbox_pb2.ExecuteResponse:
             wall_time=_duration(usage.wall_seconds),
             cpu_time=_duration(usage.cpu_seconds),
             peak_memory_bytes=usage.peak_memory_bytes,
+            private_memory_bytes=usage.private_memory_bytes,
         ),
         module_digest=digest,
         message=result.message,

@@ -136,7 +136,8 @@ struct ended_message {
   uint32_t reason;     /* enum end_reason */
   uint64_t wall_nanoseconds;
   uint64_t cpu_nanoseconds; /* user and system, all threads */
-  uint64_t peak_resident_bytes;
+  uint64_t peak_resident_bytes; /* what it shared with others is counted, too */
+  uint64_t peak_private_bytes;  /* less what is mapped of files, in the zygote for one; not less than it had alone */
   uint64_t stdout_bytes; /* that it wrote in all, and that the service gets, in parts or below */
   uint32_t stderr_truncated;
   uint32_t way;    /* enum start_way */

@@ -231,6 +231,7 @@ void end_run(struct run *run, int wait_status, uint64_t cpu_nanoseconds, uint64_
   struct stat output;
   if (run->ended) return;
   uint64_t wall = now_nanoseconds() - run->started_at;
+  uint64_t shared = run->zygote != NULL ? run->zygote->shared_bytes : 0;
   for (int i = 0; i < MOST_LAST_READS && run->errors_fd >= 0 && read_errors(run) == PIPE_READ; i++) continue;
   run->stdout_bytes = fstat(run->output_fd, &output) == 0 ? (uint64_t)output.st_size : 0;
   close_run(run);
@@ -241,6 +242,7 @@ void end_run(struct run *run, int wait_status, uint64_t cpu_nanoseconds, uint64_
       .wall_nanoseconds = wall,
       .cpu_nanoseconds = cpu_nanoseconds,
       .peak_resident_bytes = peak_resident_bytes,
+      .peak_private_bytes = peak_resident_bytes > shared ? peak_resident_bytes - shared : 0,
       .stdout_bytes = run->stdout_bytes,
       .stderr_truncated = (uint32_t)run->errors_truncated,
       .way = run->zygote != NULL ? WAY_ZYGOTE : WAY_EXEC,

@@ -362,6 +362,7 @@ static int print_protocol(void) {
   PRINT_OFFSET(ended_message, wall_nanoseconds);
   PRINT_OFFSET(ended_message, cpu_nanoseconds);
   PRINT_OFFSET(ended_message, peak_resident_bytes);
+  PRINT_OFFSET(ended_message, peak_private_bytes);
   PRINT_OFFSET(ended_message, stdout_bytes);
   PRINT_OFFSET(ended_message, stderr_truncated);
   PRINT_OFFSET(ended_message, way);

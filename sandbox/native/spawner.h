@@ -137,6 +137,7 @@ struct zygote {
   int pidfd;
   int control_fd; /* -1: closed */
   unsigned layers;
+  uint64_t shared_bytes; /* of the peak of each of its runs */
   int active; /* runs */
   uint64_t served, started_at, deadline;
 };

@@ -512,7 +512,7 @@ static int on_request(void) {
   if (size < 0 && (errno == EAGAIN || errno == EINTR)) return 0;
   if (size <= 0) _exit(0); /* the spawner is gone, or done with us */
   int files[ROOM_FOR_FILES], count = take_files(&message, files), is_child = 0;
-  if (size != (ssize_t)sizeof request || request.header.magic != ZYGOTE_PROTOCOL_MAGIC ||
+  if (size != (ssize_t)sizeof request || (message.msg_flags & MSG_TRUNC) || request.header.magic != ZYGOTE_PROTOCOL_MAGIC ||
       request.header.version != ZYGOTE_PROTOCOL_VERSION || request.header.type != ZYGOTE_RUN ||
       request.header.run_id == 0)
     _exit(NOT_CONFINED_EXIT); /* not the spawner that this library was built with */
@@ -577,6 +577,18 @@ static void keep_page_tables(void) {
   for (int i = 0; i < count; i++) write_one_page(found[i].start, found[i].size, found[i].protection);
 }
 
+/* How much of mapped files is resident here. 0 where the kernel does not say (before 4.5). */
+static uint64_t resident_file_bytes(void) {
+  char line[128];
+  unsigned long kilobytes = 0;
+  FILE *status = fopen("/proc/self/status", "re");
+  if (status == NULL) return 0;
+  while (fgets(line, sizeof line, status) != NULL)
+    if (sscanf(line, "RssFile: %lu kB", &kilobytes) == 1) break;
+  fclose(status);
+  return (uint64_t)kilobytes * 1024u;
+}
+
 static void reach_fork_point(void) {
   const char *step = NULL;
   self.phase = PHASE_FORKING;
@@ -587,9 +599,11 @@ static void reach_fork_point(void) {
   }
   if ((step = sort_fds()) != NULL) unfit(step);
   keep_page_tables();
+  uint64_t shared_bytes = resident_file_bytes();
   int layers = confine_zygote(self.layers, &step);
   if (layers < 0) unfit(step);
-  struct zygote_ready ready = {.header = header_of(ZYGOTE_READY, 0), .layers = (uint32_t)layers};
+  struct zygote_ready ready = {
+      .header = header_of(ZYGOTE_READY, 0), .layers = (uint32_t)layers, .shared_bytes = shared_bytes};
   send_message(&ready, sizeof ready, -1);
   serve();
 }

@@ -61,6 +61,7 @@ struct zygote_ready {
   struct zygote_header header;
   uint32_t layers; /* those that hold, enum confine_layer */
   uint32_t reserved;
+  uint64_t shared_bytes; /* mapped of files when it is ready: of the peak of each run, so much is not its own */
 };
 
 struct zygote_run {

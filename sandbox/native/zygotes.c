@@ -247,20 +247,21 @@ static void on_crash(struct program *program) {
 }
 
 static void zygote_run_ended(struct zygote *zygote, int wait_status) {
-  zygote->active--;
+  if (--zygote->active == 0) wake_at(0); /* it may be idle from now on */
   if (is_crash(wait_status) && zygote->program->wanted > 0) on_crash(zygote->program);
   if (zygote->state == ZYGOTE_IS_RETIRING && zygote->active == 0) kill_zygote(zygote);
 }
 
 /* ---- messages ---------------------------------------------------------------------------------- */
 
-static void on_ready(struct zygote *zygote, unsigned layers) {
+static void on_ready(struct zygote *zygote, unsigned layers, uint64_t shared_bytes) {
   struct program *program = zygote->program;
   if (zygote->state != ZYGOTE_IS_STARTING) return;
   struct zygote *old = program->zygote;
   starting_count--;
   zygote->state = ZYGOTE_IS_READY;
   zygote->layers = layers;
+  zygote->shared_bytes = shared_bytes;
   zygote->deadline = UINT64_MAX;
   program->successor = NULL;
   program->zygote = zygote;
@@ -301,7 +302,7 @@ static void on_reply(struct zygote *zygote, const union zygote_reply *reply, int
   struct run *run = find_run_by_number(reply->header.run_id);
   if (run != NULL && run->zygote != zygote) run = NULL;
   if (reply->header.type == ZYGOTE_READY) {
-    on_ready(zygote, reply->ready.layers);
+    on_ready(zygote, reply->ready.layers, reply->ready.shared_bytes);
   } else if (reply->header.type == ZYGOTE_UNFIT) {
     on_unfit(zygote, &reply->failed);
   } else if (run == NULL) {

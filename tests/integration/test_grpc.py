@@ -169,6 +169,7 @@ def test_executes_any_wasi_module_with_bytes_in_and_out(
     assert response.usage.wall_time.ToNanoseconds() > 0
     assert response.usage.cpu_time.ToNanoseconds() > 0
     assert response.usage.peak_memory_bytes > 1 << 20
+    assert 0 < response.usage.private_memory_bytes <= response.usage.peak_memory_bytes
 
 
 def test_executes_a_configured_module_by_its_name(sandbox: sandbox_pb2_grpc.SandboxServiceStub) -> None:

@@ -33,7 +33,7 @@ from bulkhead.sandbox.outcome import Way
 from bulkhead.sandbox.spawner import Spawner, SpawnerKeeper
 from bulkhead.sandbox.spawner_protocol import Bounds, ProcessEnd, Program, Stage, StartFailed
 from tests.support import hostile_guests
-from tests.support.raw_spawner import UNLIMITED, RawClient, RawSpawner, new_key, raw_spawner
+from tests.support.raw_spawner import UNLIMITED, RawClient, RawSpawner, new_key, raw_spawner, wait_until_gone
 from tests.support.sandboxes import eventually, runs_of
 from tests.support.wat import wat
 
@@ -1091,10 +1091,3 @@ def wait_for_children(pid: int, count: int) -> list[psutil.Process]:
         assert time.monotonic() < give_up_at
         select.select([], [], [], 0.005)
     return children
-
-
-def wait_until_gone(process: psutil.Process) -> None:
-    give_up_at = time.monotonic() + 20
-    while process.is_running() and not is_zombie(process.pid):
-        assert time.monotonic() < give_up_at
-        select.select([], [], [], 0.005)

@@ -9,11 +9,14 @@ import select
 import socket
 import struct
 import tempfile
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from bulkhead.sandbox import spawner_protocol as ours
 from bulkhead.sandbox.spawner import PROGRAM
@@ -27,6 +30,21 @@ _keys = itertools.count(1)
 def new_key() -> bytes:
     """Of a program that there was not yet."""
     return next(_keys).to_bytes(ours.KEY_BYTES, "big")
+
+
+def is_gone(process: psutil.Process) -> bool:
+    """Dead, reaped or not: who reaps the orphans of a process that was killed is not ours to say."""
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def wait_until_gone(process: psutil.Process) -> None:
+    give_up_at = time.monotonic() + WAIT_SECONDS
+    while not is_gone(process):
+        assert time.monotonic() < give_up_at, "it is still there"
+        select.select([], [], [], 0.005)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,8 +202,7 @@ class RawClient:
     def _ended(self, run_id: int, message: memoryview) -> Reply:
         parts = self._parts.pop(run_id, {})
         end = ours.decode_ended(message, parts)
-        fields = ours.ENDED.unpack_from(message)
-        stdout_bytes, stderr_here, stdout_here = fields[9], fields[13], fields[14]
+        *_, stdout_bytes, _, _, _, stderr_here, stdout_here, _ = ours.ENDED.unpack_from(message)
         assert len(message) == ours.ENDED.size + stderr_here + stdout_here
         assert len(end.stdout) == stdout_bytes, "output was lost or doubled"
         return Reply(

@@ -47,6 +47,7 @@ _MESSAGES: dict[str, tuple[struct.Struct, list[str]]] = {
             "wall_nanoseconds",
             "cpu_nanoseconds",
             "peak_resident_bytes",
+            "peak_private_bytes",
             "stdout_bytes",
             "stderr_truncated",
             "way",
