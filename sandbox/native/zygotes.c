@@ -247,7 +247,7 @@ static void on_crash(struct program *program) {
 }
 
 static void zygote_run_ended(struct zygote *zygote, int wait_status) {
-  if (--zygote->active == 0) wake_at(0); /* it may be idle from now on */
+  zygote->active--;
   if (is_crash(wait_status) && zygote->program->wanted > 0) on_crash(zygote->program);
   if (zygote->state == ZYGOTE_IS_RETIRING && zygote->active == 0) kill_zygote(zygote);
 }
@@ -350,14 +350,14 @@ void on_zygote_message(struct zygote *zygote) {
 
 static void tend(struct program *program, uint64_t now) {
   struct zygote *zygote = program->zygote;
-  if (zygote != NULL && program->idle_nanoseconds != 0 && zygote->active == 0) {
+  if (zygote != NULL && program->idle_nanoseconds != 0) {
     uint64_t idle_at = program->used_at + program->idle_nanoseconds;
-    if (now >= idle_at) {
+    if (now >= idle_at && zygote->active == 0) {
       retire_zygotes(program);
       program->start_at = ON_DEMAND;
       return;
     }
-    wake_at(idle_at);
+    wake_at(now >= idle_at ? now + program->idle_nanoseconds : idle_at); /* one with a run is not idle */
   }
   int worn = zygote != NULL &&
              (zygote->served >= MOST_RUNS_SERVED || now - zygote->started_at > MOST_AGE_NANOSECONDS);
