@@ -93,12 +93,14 @@ class _Bench:
         subject = next((each for each in found if each.sleeps), found[0])
         try:
             modules = memory.by_modules(subject, self.effort.modules, generator)
-            self.console.print(tables.memory_table(f"Memory, by copies of {subject.name}", "module", modules))
+            self.console.print(
+                tables.memory_table(f"Memory of the service, by copies of {subject.name}", "module", modules)
+            )
             if not subject.sleeps:
                 self.skipped.append(f"memory of runs in flight: {subject.name} cannot sleep")
                 return
             runs = memory.in_flight(subject, self.effort.in_flight, generator)
-            self.console.print(tables.memory_table(f"Memory, by runs of {subject.name}", "run", runs))
+            self.console.print(tables.memory_table(f"Memory of the runs, of {subject.name}", "run", runs))
         except PermissionError as error:
             self.skipped.append(f"memory: {error}; only root may look at confined processes")
 
