@@ -2,8 +2,8 @@
 
 Two things are made inside the source tree, where an editable install finds them and a wheel takes
 them from: the protobuf code (src/bulkhead/v1) from proto/, and the spawner and its library
-(sandbox/native/bin) from C. A system compiler builds them; where there is none, the build asks pip for ziglang,
-a compiler in a wheel. BULKHEAD_CC overrides the choice: a command such as `clang`, or `zig`.
+(sandbox/native/bin) from C. A system compiler builds them; where there is none, the build asks pip for
+ziglang, a compiler in a wheel. BULKHEAD_CC overrides the choice: a command such as `clang`, or `zig`.
 """
 
 from __future__ import annotations

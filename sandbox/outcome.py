@@ -41,8 +41,8 @@ class Usage:
     peak_memory_bytes: int
     """Largest resident set of the process, the runtime's own share included."""
     private_memory_bytes: int = 0
-    """The part of it that no other process had: less what is mapped of files in the zygote that it was
-    forked from. For an executed run, all of it."""
+    """The part of it that it did not share with its zygote or other runs, estimated from above: the pages
+    that it touched first, those of mapped files included."""
     way: Way = Way.EXEC
 
 

@@ -218,7 +218,7 @@ def encode_plain(kind: MessageType, run_id: int = 0) -> bytes:
 def decode_ended(message: memoryview, parts: dict[int, list[bytes]]) -> ProcessEnd:
     """`parts` is what came of each stream in OUTPUT messages before."""
     fields = ENDED.unpack_from(message)
-    status, reason, wall, cpu, peak, private, _stdout_bytes = fields[4:11]
+    status, reason, wall, cpu, peak, touched, _stdout_bytes = fields[4:11]
     truncated, way, layers, stderr_here, stdout_here, _reserved = fields[11:]
     at = ENDED.size
     stderr = bytes(message[at : at + stderr_here])
@@ -235,7 +235,7 @@ def decode_ended(message: memoryview, parts: dict[int, list[bytes]]) -> ProcessE
             wall_seconds=wall / 1e9,
             cpu_seconds=cpu / 1e9,
             peak_memory_bytes=peak,
-            private_memory_bytes=private,
+            private_memory_bytes=min(peak, touched),
             way=Way(way),
         ),
         layers=layers,

@@ -29,6 +29,8 @@ MOST_CONNECTIONS = 4096
 # For a worker that holds fewer connections to take the one that waits. One that is idle needs a tenth of it;
 # one that is too busy has no claim.
 _GIVE_WAY_SECONDS = 0.002
+# Between two connections that are ended for others to get them: a new one costs both sides a millisecond.
+_SHED_SECONDS = 0.1
 _OUT_OF_RESOURCES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 _BACK_OFF_SECONDS = 0.1
 _WARNING_SECONDS = 1.0  # between two: anybody can make us write one
@@ -61,6 +63,7 @@ class Acceptor:
         self._handshakes = asyncio.Semaphore(_MOST_HANDSHAKES)
         self._next_warning = 0.0
         self._stopped = False
+        self._next_shed = 0.0
         self._beginning: set[asyncio.Task[None]] = set()
         self._task: asyncio.Task[None] | None = None
 
@@ -88,6 +91,17 @@ class Acceptor:
         """To be called when a connection that was handed over has ended, too."""
         if not self._stopped:
             self._share.hold(len(self._beginning) + self._count_open())
+
+    def must_shed(self) -> bool:
+        """Whether one connection should end with its next answer, because another worker holds fewer.
+
+        Clients come back at once, and to that worker: it may have been started when all had settled.
+        """
+        now = time.monotonic()
+        if self._share.lead < 2 or now < self._next_shed:  # a lead of one would only change hands
+            return False
+        self._next_shed = now + _SHED_SECONDS
+        return True
 
     async def _accept(self) -> None:
         while True:

@@ -2,7 +2,7 @@
 
 Whoever wakes first could take them all, and keep them: kube-apiserver opens few connections, for long.
 So each worker says in memory that all of them see how many it holds, and one that holds more than
-another lets that one go first.
+another lets that one go first. Where it stays ahead, because the other one is new, it ends some.
 """
 
 from __future__ import annotations

@@ -295,6 +295,12 @@ class GrpcConfig(TlsConfig):
         return self.certificate is None
 
 
+def _read_workers(value: object) -> object:
+    if value == "auto" or (type(value) is int and 1 <= value <= MOST_WORKERS):
+        return value
+    raise ValueError(f"expected auto, or an integer from 1 to {MOST_WORKERS}")
+
+
 class ServerConfig(_Model):
     """The section `server`."""
 
@@ -302,7 +308,7 @@ class ServerConfig(_Model):
     grpc: GrpcConfig = GrpcConfig()
     max_body_bytes: Annotated[Bytes, Field(ge=1 << 10, le=64 << 20)] = 8 << 20
     grace_seconds: Annotated[Seconds, Field(alias="gracePeriod", ge=0, le=3600)] = 25.0
-    workers: Annotated[int, Field(ge=1, le=MOST_WORKERS)] | Literal["auto"] = "auto"
+    workers: Annotated[int | Literal["auto"], BeforeValidator(_read_workers)] = "auto"
     """Processes that answer over HTTPS."""
     state_dir: OptionalPath = None
     wasmtime: OptionalPath = None

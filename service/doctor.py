@@ -14,8 +14,10 @@ from enum import StrEnum
 from pathlib import Path
 
 from bulkhead.sandbox import Layer, Runtime, Sandbox, SandboxError, SandboxOptions, find_layers
+from bulkhead.sandbox.cpus import cpu_quota
 from bulkhead.service.cli import EXIT_FAILED
 from bulkhead.service.state import state_dir as find_state_dir
+from bulkhead.service.workers import automatic_workers
 
 _LEAST_OPEN_FILES = 4096  # a run in flight takes about ten, a connection one
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -179,7 +181,15 @@ def _open_files() -> Finding:
 
 
 def _cpus() -> Finding:
-    return Finding("CPUs", State.OK, f"{len(os.sched_getaffinity(0))} of {os.cpu_count()} allowed")
+    allowed, workers = len(os.sched_getaffinity(0)), automatic_workers()
+    return Finding(
+        "CPUs", State.OK, f"{allowed} of {os.cpu_count()} allowed, {_quota()}; --workers auto is {workers}"
+    )
+
+
+def _quota() -> str:
+    quota = cpu_quota()
+    return "no cgroup quota" if quota is None else f"a cgroup quota of {quota:g}"
 
 
 def _print_table(findings: list[Finding], can_serve: bool) -> None:

@@ -195,9 +195,7 @@ class HttpsServer:
         self._busy.add(request.protocol)
         try:
             response = await self._respond(request, start)
-            transport = request.transport
-            # Another certificate of the client's needs another connection.
-            if response.status == HTTPStatus.UNAUTHORIZED or (transport and self._must_end(transport)):
+            if self._is_last(response, request.transport):
                 response.force_close()
         except asyncio.CancelledError:
             _log.info(
@@ -215,6 +213,14 @@ class HttpsServer:
             seconds=round(time.monotonic() - start, 6),
         )
         return response
+
+    def _is_last(self, response: web.StreamResponse, transport: asyncio.BaseTransport | None) -> bool:
+        """Whether the connection ends with this response."""
+        if response.status == HTTPStatus.UNAUTHORIZED:
+            return True  # another certificate of the client's needs another connection
+        if transport is not None and self._must_end(transport):
+            return True
+        return self._acceptor is not None and self._acceptor.must_shed()
 
     async def _respond(self, request: web.BaseRequest, start: float) -> web.Response:
         try:

@@ -9,16 +9,15 @@ import signal
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import click
 import structlog
 
-from bulkhead.sandbox import SandboxError, usable_cpus
+from bulkhead.sandbox import SandboxError
 from bulkhead.sandbox.files import write_atomically
 from bulkhead.service.banner import banner
 from bulkhead.service.cli import EXIT_FAILED, EXIT_USAGE
-from bulkhead.service.config import Address, ConfigError, GrpcConfig, HttpsConfig, exposed
+from bulkhead.service.config import Address, Config, ConfigError, GrpcConfig, HttpsConfig, exposed
 from bulkhead.service.configfiles import ConfigFiles
 from bulkhead.service.configmodel import MOST_WORKERS
 from bulkhead.service.demo import CONFIGURATION
@@ -27,11 +26,9 @@ from bulkhead.service.log import Format, configure_logging
 from bulkhead.service.state import state_dir as find_state_dir
 from bulkhead.service.supervisor import Serving, Supervisor
 from bulkhead.service.worker_process import WorkerFailed
+from bulkhead.service.workers import automatic_workers
 
 _log = structlog.get_logger()
-
-# Beyond that the one spawner is what limits, and each takes 70 MB.
-_MOST_AUTOMATIC_WORKERS = 8
 
 
 def serve(
@@ -63,7 +60,7 @@ def serve(
             wasmtime=wasmtime or loaded.server.wasmtime,
             https=https,
             grpc=grpc,
-            workers=_workers(workers, loaded.server.workers),
+            workers=_workers(workers, loaded),
             insecure=insecure,
             allow_broken_modules=allow_broken_modules,
             log_level=log_level,
@@ -93,11 +90,12 @@ def _address(given: str | None, section: HttpsConfig | GrpcConfig, option: str, 
     return address
 
 
-def _workers(given: str | None, configured: int | Literal["auto"]) -> int:
+def _workers(given: str | None, config: Config) -> int:
     """How many processes answer over HTTPS."""
-    chosen = configured if given is None else given
+    chosen = config.server.workers if given is None else given
     if chosen == "auto":
-        return automatic_workers(usable_cpus())
+        # Each of them has its part of the runs.
+        return min(automatic_workers(), config.sandbox_options(Path()).max_concurrent_runs)
     try:
         number = int(chosen)
     except ValueError:
@@ -105,11 +103,6 @@ def _workers(given: str | None, configured: int | Literal["auto"]) -> int:
     if not 1 <= number <= MOST_WORKERS:
         raise click.UsageError(f"--workers: expected 1 to {MOST_WORKERS}, got {number}")
     return number
-
-
-def automatic_workers(cpus: int) -> int:
-    """A review takes a quarter to a third of its CPU time in a worker, the rest in runs."""
-    return max(1, min(_MOST_AUTOMATIC_WORKERS, -(-cpus // 3)))
 
 
 async def _serve(options: ServeOptions, ready_file: Path | None, *, demo: bool) -> None:

@@ -137,7 +137,7 @@ struct ended_message {
   uint64_t wall_nanoseconds;
   uint64_t cpu_nanoseconds; /* user and system, all threads */
   uint64_t peak_resident_bytes; /* what it shared with others is counted, too */
-  uint64_t peak_private_bytes;  /* less what is mapped of files, in the zygote for one; not less than it had alone */
+  uint64_t touched_bytes;       /* the pages that it faulted in: its own, and files' that it was the first to look at */
   uint64_t stdout_bytes; /* that it wrote in all, and that the service gets, in parts or below */
   uint32_t stderr_truncated;
   uint32_t way;    /* enum start_way */

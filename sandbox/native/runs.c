@@ -20,6 +20,9 @@
  * root enlarged it). A bound, because what left the run's group may go on writing. */
 #define MOST_LAST_READS 16
 /* From SIGKILL to the zygote's word that the run has ended. Later it is the zygote that hangs. */
+/* A run's standard error is left in its pipe, which holds 64 KiB, until the run has taken so long: most
+ * are over by then, and need not be watched. */
+#define DRAIN_NANOSECONDS (2 * NANOSECONDS_PER_SECOND / 1000)
 #define ZYGOTE_PATIENCE_NANOSECONDS (NANOSECONDS_PER_SECOND / 2)
 
 struct run *runs;
@@ -50,7 +53,7 @@ static struct run *new_run(struct client *client, uint64_t id) {
   run->id = id;
   run->number = ++last_number;
   run->client = client;
-  run->deadline = UINT64_MAX;
+  run->deadline = run->drain_at = UINT64_MAX;
   run->next = runs;
   runs = run;
   return run;
@@ -145,7 +148,7 @@ void begin_run(struct client *client, const struct run_message *message, size_t 
   int saved = errno;
   for (int i = 0; i < count; i++) close_fd(&files[i]);
   if (stage == 0) {
-    if (watch(run->errors_fd, &run->errors_source) != 0) kill_run(run, END_BY_ITSELF);
+    run->drain_at = run->started_at + DRAIN_NANOSECONDS;
     uint64_t wall = message->wall_nanoseconds;
     if (!run->overdue) run->deadline = wall < UINT64_MAX - run->started_at ? run->started_at + wall : UINT64_MAX;
   } else {
@@ -192,6 +195,21 @@ void on_run_errors(struct run *run) {
   if (read_errors(run) == PIPE_ENDED) close_fd(&run->errors_fd); /* closed by the run; leaves epoll, too */
 }
 
+static void watch_errors(struct run *run) {
+  run->drain_at = UINT64_MAX;
+  if (run->errors_fd >= 0 && watch(run->errors_fd, &run->errors_source) != 0) kill_run(run, END_BY_ITSELF);
+}
+
+uint64_t next_of_runs(void) {
+  uint64_t next = UINT64_MAX;
+  for (const struct run *run = runs; run != NULL; run = run->next) {
+    if (run->ended) continue;
+    if (run->deadline < next) next = run->deadline;
+    if (run->drain_at < next) next = run->drain_at;
+  }
+  return next;
+}
+
 /* ---- the end ---------------------------------------------------------------------------------- */
 
 void kill_run(struct run *run, enum end_reason reason) {
@@ -227,11 +245,11 @@ void fail_run(struct run *run, enum failure_stage stage, int error) {
   run->reply.failed = (struct failed_message){message_header(MESSAGE_FAILED, run->id), (uint32_t)stage, error};
 }
 
-void end_run(struct run *run, int wait_status, uint64_t cpu_nanoseconds, uint64_t peak_resident_bytes) {
+void end_run(struct run *run, int wait_status, uint64_t cpu_nanoseconds, uint64_t peak_resident_bytes,
+             uint64_t touched_bytes) {
   struct stat output;
   if (run->ended) return;
   uint64_t wall = now_nanoseconds() - run->started_at;
-  uint64_t shared = run->zygote != NULL ? run->zygote->shared_bytes : 0;
   for (int i = 0; i < MOST_LAST_READS && run->errors_fd >= 0 && read_errors(run) == PIPE_READ; i++) continue;
   run->stdout_bytes = fstat(run->output_fd, &output) == 0 ? (uint64_t)output.st_size : 0;
   close_run(run);
@@ -242,7 +260,7 @@ void end_run(struct run *run, int wait_status, uint64_t cpu_nanoseconds, uint64_
       .wall_nanoseconds = wall,
       .cpu_nanoseconds = cpu_nanoseconds,
       .peak_resident_bytes = peak_resident_bytes,
-      .peak_private_bytes = peak_resident_bytes > shared ? peak_resident_bytes - shared : 0,
+      .touched_bytes = touched_bytes,
       .stdout_bytes = run->stdout_bytes,
       .stderr_truncated = (uint32_t)run->errors_truncated,
       .way = run->zygote != NULL ? WAY_ZYGOTE : WAY_EXEC,
@@ -260,12 +278,14 @@ void on_run_exit(struct run *run) {
   pid_t reaped;
   while ((reaped = wait4(run->pid, &status, 0, &usage)) < 0 && errno == EINTR) continue;
   if (reaped < 0) die("wait4");
-  end_run(run, status, nanoseconds(usage.ru_utime) + nanoseconds(usage.ru_stime), (uint64_t)usage.ru_maxrss * 1024u);
+  end_run(run, status, nanoseconds(usage.ru_utime) + nanoseconds(usage.ru_stime), (uint64_t)usage.ru_maxrss * 1024u,
+          (uint64_t)usage.ru_minflt * (uint64_t)sysconf(_SC_PAGESIZE));
 }
 
-void kill_overdue_runs(void) {
+void attend_runs(void) {
   uint64_t now = now_nanoseconds();
   for (struct run *run = runs; run != NULL; run = run->next) {
+    if (!run->ended && run->drain_at <= now) watch_errors(run);
     if (run->ended || run->deadline > now) continue;
     if (!run->overdue) {
       kill_run(run, END_WALL_TIME);

@@ -241,9 +241,8 @@ static void on_client(struct client *client, uint32_t events) {
 
 /* Milliseconds to the next deadline, rounded up: waking early would spin. -1: none. */
 static int milliseconds_to_wait(void) {
-  uint64_t next = spawner.tend_at;
-  for (struct run *run = runs; run != NULL; run = run->next)
-    if (!run->ended && run->deadline < next) next = run->deadline;
+  uint64_t next = next_of_runs();
+  if (spawner.tend_at < next) next = spawner.tend_at;
   if (next == UINT64_MAX) return -1;
   uint64_t now = now_nanoseconds();
   if (next <= now) return 0;
@@ -267,7 +266,7 @@ static void serve(void) {
   int count = epoll_wait(spawner.epoll_fd, events, EVENTS_PER_WAIT, milliseconds_to_wait());
   if (count < 0 && errno != EINTR) die("epoll_wait");
   for (int i = 0; i < count; i++) dispatch(&events[i]);
-  kill_overdue_runs();
+  attend_runs();
   if (spawner.tend_at <= now_nanoseconds()) {
     spawner.tend_at = UINT64_MAX;
     tend_zygotes();
@@ -362,7 +361,7 @@ static int print_protocol(void) {
   PRINT_OFFSET(ended_message, wall_nanoseconds);
   PRINT_OFFSET(ended_message, cpu_nanoseconds);
   PRINT_OFFSET(ended_message, peak_resident_bytes);
-  PRINT_OFFSET(ended_message, peak_private_bytes);
+  PRINT_OFFSET(ended_message, touched_bytes);
   PRINT_OFFSET(ended_message, stdout_bytes);
   PRINT_OFFSET(ended_message, stderr_truncated);
   PRINT_OFFSET(ended_message, way);

@@ -137,7 +137,6 @@ struct zygote {
   int pidfd;
   int control_fd; /* -1: closed */
   unsigned layers;
-  uint64_t shared_bytes; /* of the peak of each of its runs */
   int active; /* runs */
   uint64_t served, started_at, deadline;
 };
@@ -176,6 +175,7 @@ struct run {
   uint32_t pinned;
   int cpu; /* of an executed one that is pinned: an index, or -1 */
   uint64_t started_at, deadline;
+  uint64_t drain_at; /* when its standard error is to be watched */
   enum end_reason reason;
   int overdue; /* it was killed, and its end has not come */
   int ended; /* waits for its reply to be sent */
@@ -194,11 +194,15 @@ struct run *find_run(const struct client *client, uint64_t id);
 struct run *find_run_by_number(uint64_t number);
 void kill_run(struct run *run, enum end_reason reason);
 void fail_run(struct run *run, enum failure_stage stage, int error);
-void end_run(struct run *run, int wait_status, uint64_t cpu_nanoseconds, uint64_t peak_resident_bytes);
+void end_run(struct run *run, int wait_status, uint64_t cpu_nanoseconds, uint64_t peak_resident_bytes,
+             uint64_t touched_bytes);
 void on_run_started(struct run *run, int pidfd);
 void on_run_exit(struct run *run);
 void on_run_errors(struct run *run);
-void kill_overdue_runs(void);
+/* Kills what is overdue, and watches the standard error of what takes longer. */
+void attend_runs(void);
+/* When they need attention next. */
+uint64_t next_of_runs(void);
 void send_replies(void);
 void sweep_runs(void);
 void orphan_runs(const struct client *client);

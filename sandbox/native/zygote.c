@@ -330,6 +330,7 @@ static struct {
   int used; /* no child at or behind this index */
   int blocked; /* the socket is full */
   pid_t pid;
+  uint64_t page_bytes;
   struct sigaction child_action;
   sigset_t mask; /* wasmtime's own */
 } zygote;
@@ -419,6 +420,7 @@ static void reap(void) {
           .wait_status = status,
           .cpu_nanoseconds = nanoseconds(usage.ru_utime) + nanoseconds(usage.ru_stime),
           .peak_resident_bytes = (uint64_t)usage.ru_maxrss * 1024u,
+          .touched_bytes = (uint64_t)usage.ru_minflt * zygote.page_bytes,
       };
       break;
     }
@@ -538,6 +540,7 @@ static void serve(void) {
   waiting = zygote.mask;
   sigdelset(&waiting, SIGCHLD);
   zygote.pid = getpid();
+  zygote.page_bytes = (uint64_t)sysconf(_SC_PAGESIZE);
   for (;;) {
     struct pollfd control = {.fd = self.control_fd, .events = zygote.blocked ? POLLOUT : POLLIN};
     int ready = ppoll(&control, 1, NULL, &waiting);
@@ -549,46 +552,6 @@ static void serve(void) {
 
 /* ---- the fork point -------------------------------------------------------------------------- */
 
-/* Mappings of files have their page tables copied by fork only where a page of them was written
- * (the kernel asks for an anon_vma). Copying is cheaper than faulting them in again in each run. */
-static void write_one_page(char *start, size_t size, int protection) {
-  if (mprotect(start, size, protection | PROT_WRITE) != 0) return;
-  volatile char *first = start;
-  *first = *first;
-  if (mprotect(start, size, protection) != 0) unfit("mprotect");
-}
-
-static void keep_page_tables(void) {
-  char line[512];
-  FILE *maps = fopen("/proc/self/maps", "re");
-  if (maps == NULL) return;
-  static struct { char *start; size_t size; int protection; } found[128];
-  int count = 0;
-  while (count < 128 && fgets(line, sizeof line, maps) != NULL) {
-    unsigned long start, end, inode;
-    char mode[5];
-    if (sscanf(line, "%lx-%lx %4s %*x %*s %lu", &start, &end, mode, &inode) != 4 || inode == 0) continue;
-    if (mode[0] != 'r' || mode[1] == 'w' || mode[3] != 'p') continue;
-    found[count].start = (char *)start;
-    found[count].size = end - start;
-    found[count++].protection = PROT_READ | (mode[2] == 'x' ? PROT_EXEC : 0);
-  }
-  fclose(maps);
-  for (int i = 0; i < count; i++) write_one_page(found[i].start, found[i].size, found[i].protection);
-}
-
-/* How much of mapped files is resident here. 0 where the kernel does not say (before 4.5). */
-static uint64_t resident_file_bytes(void) {
-  char line[128];
-  unsigned long kilobytes = 0;
-  FILE *status = fopen("/proc/self/status", "re");
-  if (status == NULL) return 0;
-  while (fgets(line, sizeof line, status) != NULL)
-    if (sscanf(line, "RssFile: %lu kB", &kilobytes) == 1) break;
-  fclose(status);
-  return (uint64_t)kilobytes * 1024u;
-}
-
 static void reach_fork_point(void) {
   const char *step = NULL;
   self.phase = PHASE_FORKING;
@@ -598,12 +561,9 @@ static void reach_fork_point(void) {
     unfit("more than one thread");
   }
   if ((step = sort_fds()) != NULL) unfit(step);
-  keep_page_tables();
-  uint64_t shared_bytes = resident_file_bytes();
   int layers = confine_zygote(self.layers, &step);
   if (layers < 0) unfit(step);
-  struct zygote_ready ready = {
-      .header = header_of(ZYGOTE_READY, 0), .layers = (uint32_t)layers, .shared_bytes = shared_bytes};
+  struct zygote_ready ready = {.header = header_of(ZYGOTE_READY, 0), .layers = (uint32_t)layers};
   send_message(&ready, sizeof ready, -1);
   serve();
 }

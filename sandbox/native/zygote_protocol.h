@@ -61,7 +61,6 @@ struct zygote_ready {
   struct zygote_header header;
   uint32_t layers; /* those that hold, enum confine_layer */
   uint32_t reserved;
-  uint64_t shared_bytes; /* mapped of files when it is ready: of the peak of each run, so much is not its own */
 };
 
 struct zygote_run {
@@ -81,6 +80,7 @@ struct zygote_ended {
   uint32_t reserved;
   uint64_t cpu_nanoseconds; /* user and system, all threads */
   uint64_t peak_resident_bytes; /* what it shares with the zygote is counted, too */
+  uint64_t touched_bytes;       /* its page faults' pages */
 };
 
 /* Also UNFIT. */

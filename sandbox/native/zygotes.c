@@ -161,7 +161,7 @@ void on_zygote_end(struct zygote *zygote) {
   if (zygote->state == ZYGOTE_IS_DEAD) return;
   while (waitpid(zygote->pid, &status, 0) < 0 && errno == EINTR) continue;
   for (struct run *run = runs; run != NULL; run = run->next)
-    if (run->zygote == zygote && !run->ended) end_run(run, SIGKILL, 0, 0);
+    if (run->zygote == zygote && !run->ended) end_run(run, SIGKILL, 0, 0, 0);
   if (zygote->state != ZYGOTE_IS_RETIRING) {
     uint64_t now = now_nanoseconds();
     int stable = now - zygote->started_at > STABLE_NANOSECONDS;
@@ -254,14 +254,13 @@ static void zygote_run_ended(struct zygote *zygote, int wait_status) {
 
 /* ---- messages ---------------------------------------------------------------------------------- */
 
-static void on_ready(struct zygote *zygote, unsigned layers, uint64_t shared_bytes) {
+static void on_ready(struct zygote *zygote, unsigned layers) {
   struct program *program = zygote->program;
   if (zygote->state != ZYGOTE_IS_STARTING) return;
   struct zygote *old = program->zygote;
   starting_count--;
   zygote->state = ZYGOTE_IS_READY;
   zygote->layers = layers;
-  zygote->shared_bytes = shared_bytes;
   zygote->deadline = UINT64_MAX;
   program->successor = NULL;
   program->zygote = zygote;
@@ -302,7 +301,7 @@ static void on_reply(struct zygote *zygote, const union zygote_reply *reply, int
   struct run *run = find_run_by_number(reply->header.run_id);
   if (run != NULL && run->zygote != zygote) run = NULL;
   if (reply->header.type == ZYGOTE_READY) {
-    on_ready(zygote, reply->ready.layers, reply->ready.shared_bytes);
+    on_ready(zygote, reply->ready.layers);
   } else if (reply->header.type == ZYGOTE_UNFIT) {
     on_unfit(zygote, &reply->failed);
   } else if (run == NULL) {
@@ -311,7 +310,8 @@ static void on_reply(struct zygote *zygote, const union zygote_reply *reply, int
     on_run_started(run, fd);
     fd = -1;
   } else if (reply->header.type == ZYGOTE_ENDED) {
-    end_run(run, reply->ended.wait_status, reply->ended.cpu_nanoseconds, reply->ended.peak_resident_bytes);
+    end_run(run, reply->ended.wait_status, reply->ended.cpu_nanoseconds, reply->ended.peak_resident_bytes,
+            reply->ended.touched_bytes);
     zygote_run_ended(zygote, reply->ended.wait_status);
   } else {
     fail_run(run, STAGE_PREPARE, reply->failed.error);
@@ -320,15 +320,14 @@ static void on_reply(struct zygote *zygote, const union zygote_reply *reply, int
   close_fd(&fd);
 }
 
-/* One message. 0: there was none. */
-static int take_message(struct zygote *zygote) {
+static void take_message(struct zygote *zygote) {
   union zygote_reply reply;
   int fd = -1;
   char room[CMSG_SPACE(sizeof fd)] __attribute__((aligned(8)));
   struct iovec part = {.iov_base = &reply, .iov_len = sizeof reply};
   struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1, .msg_control = room, .msg_controllen = sizeof room};
   ssize_t size = recvmsg(zygote->control_fd, &message, MSG_CMSG_CLOEXEC | MSG_DONTWAIT);
-  if (size < 0 && (errno == EAGAIN || errno == EINTR)) return 0;
+  if (size < 0 && (errno == EAGAIN || errno == EINTR)) return;
   struct cmsghdr *rights = size > 0 ? CMSG_FIRSTHDR(&message) : NULL;
   if (rights != NULL && rights->cmsg_type == SCM_RIGHTS) memcpy(&fd, CMSG_DATA(rights), sizeof fd);
   if (size < (ssize_t)sizeof reply.header || reply.header.magic != ZYGOTE_PROTOCOL_MAGIC ||
@@ -336,14 +335,13 @@ static int take_message(struct zygote *zygote) {
     close_fd(&fd);
     close_fd(&zygote->control_fd); /* it has ended, or talks nonsense; its runs end with it */
     kill_zygote(zygote);
-    return 0;
+    return;
   }
   on_reply(zygote, &reply, fd);
-  return 1;
 }
 
 void on_zygote_message(struct zygote *zygote) {
-  while (zygote->control_fd >= 0 && take_message(zygote)) continue;
+  if (zygote->control_fd >= 0) take_message(zygote); /* if there are more, epoll says so at once */
 }
 
 /* ---- time -------------------------------------------------------------------------------------- */

@@ -287,32 +287,34 @@ def test_a_worker_that_dies_is_replaced_by_one_that_serves_the_same(service: Rel
 
 
 @pytest.mark.slow
-def test_whatever_dies_while_it_reloads_both_front_ends_end_up_with_the_same(service: Reloading) -> None:
-    chance = random.Random(7)
-    for number in range(15):
-        service.put("who.wasm", printing("authn", knows(f"user-{number}")))
-        for _ in range(chance.randint(1, 3)):
-            service.hang_up()
-            time.sleep(chance.random() * 0.25)
-            if chance.random() < 0.5:
-                with suppress(AssertionError):  # it is dead already
-                    service.served.worker(chance.choice(["https", "grpc"])).kill()
+def test_whatever_dies_while_it_reloads_all_workers_end_up_with_the_same(tmp_path: Path, wat: Wat) -> None:
+    with reloading(tmp_path, wat, CONFIGURATION, "--workers", "2") as service:
+        chance = random.Random(7)
+        for number in range(15):
+            service.put("who.wasm", printing("authn", knows(f"user-{number}")))
+            for _ in range(chance.randint(1, 3)):
+                service.hang_up()
+                time.sleep(chance.random() * 0.25)
+                if chance.random() < 0.5:
+                    with suppress(AssertionError):  # it is dead already
+                        service.served.worker(chance.choice(["https", "grpc"])).kill()
 
-        def both_know(user: str = f"user-{number}") -> bool:
-            try:
-                return service.user() == service.user_over_grpc() == user
-            except (OSError, grpc.RpcError):
-                return False
+            def all_know(user: str = f"user-{number}") -> bool:
+                try:
+                    # Whichever answers each of them.
+                    return {service.user() for _ in range(4)} == {service.user_over_grpc()} == {user}
+                except (OSError, grpc.RpcError):
+                    return False
 
-        wait_until(both_know, f"user-{number}", 60)
-    assert "Traceback" not in service.served.log()
-    ours = ("wasmtime", "bulkhead-spawner")
+            wait_until(all_know, f"user-{number}", 60)
+        assert "Traceback" not in service.served.log()
+        ours = ("wasmtime", "bulkhead-spawner")
 
-    def rest() -> list[psutil.Process]:
-        return [process for process in service.served.tree() if not process.name().startswith(ours)]
+        def rest() -> list[psutil.Process]:
+            return [process for process in service.served.tree() if not process.name().startswith(ours)]
 
-    wait_until(lambda: len(rest()) == 3, "a supervisor and two workers")
-    assert service.served.spawner().is_running()
+        wait_until(lambda: len(rest()) == 4, "a supervisor and three workers")
+        assert service.served.spawner().is_running()
 
 
 def test_says_which_changes_need_a_restart(service: Reloading) -> None:

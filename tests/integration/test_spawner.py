@@ -768,6 +768,16 @@ class TestClients:
             raw.send(message, [file.fileno()])
         assert raw.works()
 
+    @pytest.mark.parametrize("message", [b"x", b"GET / HTTP/1.1\r\n\r\n"])
+    def test_one_that_speaks_something_else_is_dropped_alone(self, raw: RawSpawner, message: bytes) -> None:
+        with raw.client() as other:
+            other.run(1, b"/bin/sleep", b"3600")
+            wait_for_children(raw.pid, 1)
+            other.send(message)
+            assert other.message() == b""
+            wait_for_children(raw.pid, 0)
+        assert raw.works()
+
     def test_one_that_reads_nothing_holds_nobody_else_up(self, raw: RawSpawner) -> None:
         with raw.client() as other:
             sent = fill(other)

@@ -57,9 +57,9 @@ GUEST = """(module
   (func (export "trap") (unreachable)))"""
 
 HEADER = struct.Struct("=IHHQ")
-READY = struct.Struct("=IHHQ II Q")
+READY = struct.Struct("=IHHQ II")
 RUN = struct.Struct("=IHHQ QQQQI4x II")
-ENDED = struct.Struct("=IHHQ iI QQ")
+ENDED = struct.Struct("=IHHQ iI QQQ")
 FAILED = struct.Struct("=IHHQ i44s")
 MAGIC, VERSION = 0x475A4B42, 1
 READY_TYPE, UNFIT_TYPE, RUN_TYPE, STARTED_TYPE, ENDED_TYPE, FAILED_TYPE = range(1, 7)

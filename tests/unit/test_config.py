@@ -279,6 +279,8 @@ def test_refuses_a_file_that_cannot_be_read(tmp_path: Path) -> None:
         ("limits: {timeout: 0s}", "1: limits.timeout: expected a value from 0.001 to 3600, got '0s'"),
         ("limits: {fuel: 1.5}", "limits.fuel: expected an integer, got 1.5"),
         ("limits: {tableElements: -1}", "limits.tableElements: expected a value from 0 to 10000000, got -1"),
+        ("server: {workers: 0}", "server.workers: expected auto, or an integer from 1 to 64, got 0"),
+        ("server: {workers: two}", "server.workers: expected auto, or an integer from 1 to 64, got 'two'"),
         ("limits: {maxConcurrentRuns: 0}", "limits.maxConcurrentRuns: expected at least 1, got 0"),
         (
             "authentication: {audiences: ['']}",

@@ -47,7 +47,7 @@ _MESSAGES: dict[str, tuple[struct.Struct, list[str]]] = {
             "wall_nanoseconds",
             "cpu_nanoseconds",
             "peak_resident_bytes",
-            "peak_private_bytes",
+            "touched_bytes",
             "stdout_bytes",
             "stderr_truncated",
             "way",
@@ -155,17 +155,34 @@ def test_bytes_that_are_not_utf8_pass_as_they_are() -> None:
     assert ours.encode_program(program, 0).endswith(b"/bin/\xff\0")
 
 
+def _ended(**fields: int) -> bytes:
+    """All others are 0."""
+    layout, names = _MESSAGES["ended_message"]
+    assert fields.keys() <= {*names}
+    return layout.pack(
+        ours.MAGIC, ours.VERSION, ours.MessageType.ENDED, 1, *(fields.get(name, 0) for name in names)
+    )
+
+
 def test_output_that_came_in_parts_is_put_together() -> None:
-    fields = (ours.MAGIC, ours.VERSION, ours.MessageType.ENDED, 1, 0, 0, 10**9, 2, 3, 6, 1, 1, 5, 0, 0, 0)
-    ended = memoryview(ours.ENDED.pack(*fields))
-    end = ours.decode_ended(ended, {1: [b"abc", b"def"], 2: [b"x", b"y"]})
+    message = _ended(
+        wall_nanoseconds=10**9,
+        peak_resident_bytes=9,
+        touched_bytes=4,
+        stdout_bytes=6,
+        stderr_truncated=1,
+        way=1,
+        layers=5,
+    )
+    end = ours.decode_ended(memoryview(message), {1: [b"abc", b"def"], 2: [b"x", b"y"]})
     assert (end.stdout, end.stderr, end.stderr_truncated) == (b"abcdef", b"xy", True)
     assert (end.usage.way, end.layers, end.usage.wall_seconds) == (Way.ZYGOTE, 5, 1.0)
+    assert (end.usage.peak_memory_bytes, end.usage.private_memory_bytes) == (9, 4)
 
 
 def test_output_within_the_message_is_standard_error_first() -> None:
-    fields = (ours.MAGIC, ours.VERSION, ours.MessageType.ENDED, 1, 7 << 8, 1, 1, 2, 3, 3, 0, 0, 0, 2, 3, 0)
-    end = ours.decode_ended(memoryview(ours.ENDED.pack(*fields) + b"eeoooXX"), {})
+    message = _ended(wait_status=7 << 8, reason=1, stdout_bytes=3, stderr_here=2, stdout_here=3)
+    end = ours.decode_ended(memoryview(message + b"eeoooXX"), {})
     assert (end.stdout, end.stderr, end.stderr_truncated) == (b"ooo", b"ee", False)
     assert (end.wait_status, end.reason, end.usage.way) == (7 << 8, EndReason.WALL_TIME, Way.EXEC)
 
