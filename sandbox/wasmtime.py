@@ -60,7 +60,12 @@ _WANTED = {
 }
 # wasmtime-min has less built in than wasmtime assumes when it compiles; which of these bring the
 # two together differs between versions (48 and 49 do).
-_RECONCILING = ((), ("-C", "collector=drc"), ("-C", "collector=drc", "-W", "concurrency-support=n"))
+_RECONCILING = (
+    (),
+    ("-W", "concurrency-support=n"),
+    ("-C", "collector=drc"),
+    ("-C", "collector=drc", "-W", "concurrency-support=n"),
+)
 
 _VERSION = re.compile(r"wasmtime(?:-cli|-min)? (\d+)\.(\d+)\.(\d+)\S*")
 _OPTION = re.compile(r"^\s+-[CWSO]\s+([a-z0-9-]+)", re.MULTILINE)
@@ -289,7 +294,7 @@ async def _isolated(spawner: Spawner, runtime: Runtime, warnings: list[str]) -> 
     if obstacle:
         warnings.append(
             f"every run starts wasmtime anew, which takes three times as long: {obstacle}; "
-            "install a version of wasmtime that docs/installation.md names"
+            "install a version of wasmtime that docs/security.md names"
         )
     return replace(runtime, zygote_obstacle=obstacle)
 
