@@ -140,10 +140,12 @@ async def open_chains(config: Config, sandbox: Sandbox, pins: Mapping[Key, Pin])
     ready: dict[str, list[ReviewModule]] = {section: [] for section in SECTIONS}
     for section, modules in config.sections():
         for module in modules:
-            found = _module(config, section, module, pins[section, module.name])
-            if not found.not_usable:
-                await _prepare(sandbox, found)
-            ready[section].append(found)
+            ready[section].append(_module(config, section, module, pins[section, module.name]))
+    usable = [module for modules in ready.values() for module in modules if not module.not_usable]
+    # All at once: most of it is waiting for zygotes, which the spawner starts a few at a time.
+    for error in await asyncio.gather(*(_prepare(sandbox, each) for each in usable), return_exceptions=True):
+        if error is not None:
+            raise error
     return _chains(config, ready)
 
 
