@@ -16,6 +16,7 @@ from bulkhead.sandbox.isolation import NO_LAYERS, Layer, names_of
 from bulkhead.sandbox.launch import Exit, Job, Run
 from bulkhead.sandbox.limits import Limits
 from bulkhead.sandbox.memfile import create_memfile, write_memfile
+from bulkhead.sandbox.probe import RUN_ENVIRONMENT
 from bulkhead.sandbox.spawner import SHORTAGES, Spawner, SpawnerKeeper
 from bulkhead.sandbox.spawner_protocol import (
     KEY_BYTES,
@@ -33,9 +34,6 @@ from bulkhead.sandbox.spawner_protocol import (
 from bulkhead.sandbox.wasmtime import Runtime
 
 _ARTIFACT_FD = 3
-# One of tokio's threads is enough for a run, and starting more costs 15 % of it; one heap for all
-# threads saves each run the making of others. The guest does not see this environment.
-_ENVIRONMENT = ("TOKIO_WORKER_THREADS=1", "MALLOC_ARENA_MAX=1")
 # The runtime's own data: heap, thread stacks, tables, the instance. Measured: 11 MiB with wasmtime-min.
 _RUNTIME_DATA_BYTES = 64 << 20
 _TABLE_ELEMENT_BYTES = 16
@@ -245,7 +243,7 @@ class Launcher:
         program = Program(
             key=hashlib.sha256("\0".join(marks).encode(errors="surrogatepass")).digest()[:KEY_BYTES],
             argv=argv,
-            environment=_ENVIRONMENT,
+            environment=RUN_ENVIRONMENT,
             flags=flags,
             layers=self.runtime.layers,
             idle_seconds=_KEPT_IDLE_SECONDS if kept else _CASUAL_IDLE_SECONDS,

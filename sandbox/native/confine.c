@@ -293,7 +293,7 @@ static const int zygote_calls[] = {
 #ifdef SYS_dup2
     SYS_dup2,
 #endif
-    SYS_getppid, SYS_sched_setaffinity,                         /* where a run is placed */
+    SYS_getppid, SYS_sched_setaffinity, SYS_getcpu,             /* where a run is placed; not every vDSO has getcpu */
     SYS_prctl, SYS_seccomp, SYS_prlimit64, SYS_setitimer,       /* a run's confinement */
 #ifdef SYS_setrlimit
     SYS_setrlimit, SYS_getrlimit,
@@ -523,11 +523,11 @@ static void try_in_child(struct confine_finding *finding, unsigned long namespac
   finding->error = errno;
   close(ends[1]);
   if (pid > 0) {
-    struct word word = {"the system call filter", EINVAL};
-    if (read(ends[0], &word, sizeof word) == (ssize_t)sizeof word || finding->layer == CONFINE_SECCOMP) {
-      finding->error = word.error;
-      finding->step = word.step;
-    }
+    struct word word;
+    if (read(ends[0], &word, sizeof word) != (ssize_t)sizeof word)
+      word = (struct word){"killed while it was tried", EINVAL}; /* by this filter, or by one around the service */
+    finding->error = word.error;
+    finding->step = word.step;
     while (waitpid(pid, NULL, 0) < 0 && errno == EINTR) continue;
   }
   finding->works = pid > 0 && finding->error == 0;
