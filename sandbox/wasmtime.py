@@ -238,11 +238,11 @@ async def _probe(spawner: Spawner, candidate: _Candidate, compiler: Path, runner
     warnings = _version_warnings(numbers)
     if runner is None:
         warnings.append(
-            "no wasmtime-min beside wasmtime: each run starts the full binary and takes twice the time; "
+            "no wasmtime-min beside wasmtime: runs use the full binary and take half as long again; "
             "install an official build that has both"
         )
     elif complaint := await _misfit(spawner, runner, version):
-        warnings.append(f"wasmtime-min is not used, so runs take twice the time: {complaint}")
+        warnings.append(f"wasmtime-min is not used, so runs take half as long again: {complaint}")
         runner = None
     options = await _options(spawner, compiler)
     flags = tuple(
@@ -270,7 +270,7 @@ async def _probe(spawner: Spawner, candidate: _Candidate, compiler: Path, runner
     found, complaint = await _first_that_works(spawner, runtime, runner)
     if runner is not None and not found.minimal:
         warnings.append(
-            f"wasmtime-min cannot load what wasmtime compiles, so runs take twice the time: {complaint}"
+            f"wasmtime-min cannot load what wasmtime compiles, so runs take half as long again: {complaint}"
         )
     found = await _isolated(spawner, found, warnings)
     return replace(found, warnings=tuple(warnings))

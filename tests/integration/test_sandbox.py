@@ -911,7 +911,7 @@ class TestFindingWasmtime:
                 assert not sandbox.runtime.minimal
                 (warning,) = sandbox.runtime.warnings
                 assert "wasmtime-min" in warning
-                assert "twice the time" in warning
+                assert "half as long again" in warning
                 digest = (await sandbox.put(wat(WORKBENCH)))[0].digest
                 assert (await sandbox.run(digest, "echo", stdin=b"x", limits=LIMITS)).stdout == b"x"
                 spin = await sandbox.run(digest, "spin", limits=replace(LIMITS, cpu_seconds=0.2))
